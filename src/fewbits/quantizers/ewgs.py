@@ -1,0 +1,133 @@
+"""EWGS: element-wise gradient scaling with a learned interval (Lee et al., CVPR 2021, arXiv 2104.00903)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Codes, Engine, Quantizer, QuantSpec
+from .rounding import positive, to_codes
+from .start import best_range, sample
+
+DELTA = 1e-3
+"""The fixed scaling factor of the authors' scripts; the Hessian form needs a double backward."""
+
+
+class _ScaledRound(torch.autograd.Function):
+    """Codes of an interval. Saves the input alone and recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lower: Tensor, width: Tensor, delta: Tensor, num_steps: int) -> Tensor:
+        ctx.save_for_backward(x, lower, width, delta)
+        ctx.num_steps = num_steps
+        return to_codes(x - lower, width / num_steps, 0, num_steps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, lower, width, delta = ctx.saved_tensors
+        unit = (x - lower) / width
+        inside = (unit >= 0) & (unit <= 1)
+        rounded = to_codes(x - lower, width / ctx.num_steps, 0, ctx.num_steps) / ctx.num_steps
+        grad = grads[0] * ctx.num_steps
+        grad_unit = grad * (1 + delta * grad.sign() * (unit.clamp(0.0, 1.0) - rounded)) * inside / width
+        # unit = (x - lower) / width with width = upper - lower: d/dwidth at a fixed lower end is -unit / width,
+        # and lower's share through the width is added by the caller's graph.
+        return grad_unit, -grad_unit.sum(), -(grad_unit * unit).sum(), None, None
+
+
+def ewgs_codes(x: Tensor, lower: Tensor, upper: Tensor, delta: Tensor, num_steps: int) -> Tensor:
+    """Codes of ``x`` in the learned interval, with element-wise gradient scaling (Eqs. 1, 2 and 7 of the paper).
+
+    Forward:  round(clip((x - l) / (u - l), 0, 1) * num_steps), the step (u - l) / num_steps computed first
+    Backward: the gradient g of the rounded value becomes g * (1 + delta * sign(g) * (x_n - x_q)); clip, l and u are
+              differentiated truly, so that clipped elements move neither l nor u
+    """
+    codes: Tensor = _ScaledRound.apply(x, lower, positive(upper - lower), delta, num_steps)
+    return codes
+
+
+class _EWGS(Quantizer):
+    paper = "EWGS, Lee et al., CVPR 2021, arXiv 2104.00903"
+    needs_data = True
+    delta: Tensor
+
+    def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:
+        super().__init__(spec, num_channels, channel_dim)
+        self.lower = nn.Parameter(torch.tensor(-1.0 if spec.role == "weight" else 0.0))
+        self.upper = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("delta", torch.tensor(DELTA))
+
+    def _output(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """See ``ewgs_codes``."""
+        scale, offset = self._output()
+        return ewgs_codes(x, self.lower, self.upper, self.delta, self.num_steps) * scale + offset
+
+    def encode(self, x: Tensor) -> Codes:
+        """Integers 0 to 2**b - 1 of the learned interval."""
+        scale, offset = (t.detach() for t in self._output())
+        codes = ewgs_codes(x.detach(), self.lower.detach(), self.upper.detach(), self.delta, self.num_steps)
+        return Codes(codes.to(torch.int32), scale, offset, 0, self.num_steps)
+
+
+class EWGSWeight(_EWGS):
+    """Weights on [-1, 1] times the layer's learned output scale ``|s|``; no zero level.
+
+    The paper multiplies the layer's output by ``|s|``; a convolution is linear, so the factor sits on the weights here,
+    which is the same number and the same gradient. ``s`` starts from the layer's output, see ``QuantLayer``.
+
+    Differs from the paper: the interval starts where the squared error is least; ``start="paper"`` is 3 std(w).
+    """
+
+    def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:
+        super().__init__(spec, num_channels, channel_dim)
+        self.output_scale = nn.Parameter(torch.tensor(1.0))
+
+    @property
+    def engine(self) -> Engine:
+        """Codes ``2q - (2**b - 1)`` are whole numbers around zero; at 8 bits they need nine and stay float."""
+        return "shifted" if self.bits < 8 else "float"
+
+    def _output(self) -> tuple[Tensor, Tensor]:
+        magnitude = positive(self.output_scale.abs())
+        return magnitude * (2.0 / self.num_steps), -magnitude
+
+    def _calibrate(self, x: Tensor) -> None:
+        flat = x.reshape(-1)
+        if self.spec.start == "paper":
+            upper = 3 * float(flat.std()) if flat.numel() > 1 else 0.0
+        else:
+            upper = best_range(sample(flat), 0.0, self.num_steps, symmetric=True)
+        upper = upper if upper > 0 else 1.0
+        self.upper.fill_(upper)
+        self.lower.fill_(-upper)
+
+
+class EWGSActivation(_EWGS):
+    """Activations mapped from the learned interval [l, u] to [0, 1].
+
+    Differs from the paper: ``u`` starts where the squared error is least, ``l`` at the minimum;
+    ``start="paper"`` is u = 3 std(x) / sqrt(1 - 2/pi).
+    """
+
+    @property
+    def engine(self) -> Engine:
+        """The input is shifted by ``l`` before it is divided."""
+        return "transformed"
+
+    def _output(self) -> tuple[Tensor, Tensor]:
+        return torch.full_like(self.upper, 1.0 / self.num_steps), torch.zeros_like(self.upper)
+
+    def _calibrate(self, x: Tensor) -> None:
+        lower = float(x.min())
+        if self.spec.start == "paper":
+            std = float(x.std()) if x.numel() > 1 else 0.0
+            upper = 3 * std / (1 - 2 / torch.pi) ** 0.5
+        else:
+            upper = best_range(sample(x), lower, self.num_steps, symmetric=False)
+        self.lower.fill_(lower)
+        self.upper.fill_(upper if upper > lower else lower + 1.0)

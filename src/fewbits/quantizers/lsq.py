@@ -1,0 +1,166 @@
+"""LSQ: a learned step size (Esser et al., ICLR 2020, arXiv 1902.08153)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Codes, Quantizer, QuantSpec
+from .rounding import Bound, positive, sign_ste, to_codes
+from .start import best_affine, best_step, sample
+
+
+class _LearnedStep(torch.autograd.Function):
+    """One pass forward; backward recomputes the codes from ``x`` instead of storing them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float) -> Tensor:
+        bounds = [bound for bound in (low, high) if isinstance(bound, Tensor)]
+        ctx.save_for_backward(x, step, *bounds)
+        ctx.bounds = None if bounds else (low, high)
+        ctx.gradient_scale = gradient_scale
+        return to_codes(x, step, low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, step, *bounds = ctx.saved_tensors
+        low, high = bounds or ctx.bounds
+        scaled = x / step
+        clipped = scaled.clamp(low, high)
+        inside = scaled == clipped
+        grad = grads[0]
+        # Inside the range the clipped value is the value itself; outside, round() leaves the whole bound alone:
+        # so round(clipped) - scaled * inside is round(v/s) - v/s, -Q_N or +Q_P.
+        slope = clipped.round() - torch.where(inside, scaled, 0.0)
+        grad_step = (grad * slope).sum_to_size(step.shape) * ctx.gradient_scale
+        return grad * inside, grad_step, None, None, None
+
+
+def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float = 1.0) -> Tensor:
+    """Quantize with a learned step (Eqs. 1 to 3 of the paper).
+
+    Forward:  step * round(clip(x / step, low, high))
+    Backward: d/dx = 1 where low <= x/step <= high, else 0
+              d/dstep = round(x/step) - x/step inside, low below, high above; times ``gradient_scale``
+
+    Args:
+        x: values, any shape, float32.
+        step: positive, 0-d or broadcasting against ``x``.
+        low: smallest code, -Q_N.
+        high: largest code, Q_P.
+        gradient_scale: 1 / sqrt(N Q_P), N the number of values that share a step (without the batch).
+
+    >>> x = torch.tensor([-1.0, 0.3, 0.8, 5.0], requires_grad=True)
+    >>> step = torch.tensor(0.5, requires_grad=True)
+    >>> y = lsq(x, step, 0, 3)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist(), round(step.grad.item(), 4)
+    ([0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 1.0, 0.0], 3.8)
+    """
+    y: Tensor = _LearnedStep.apply(x, step, low, high, gradient_scale)
+    return y
+
+
+class LSQWeight(Quantizer):
+    """Signed weights, symmetric around zero: codes from -2**(b-1) to 2**(b-1) - 1.
+
+    One bit is a special case of ours, for the paper's grid has no level above zero there: ``step * sign(w)``, with
+    d/dw = 1, d/dstep = sum(g sign(w)) / sqrt(N), and mean|w| as the start.
+
+    At 8 bits the code -128 is left out (ours): a batch norm with a negative factor folds into the weights by a change of
+    sign, and +128 does not fit into eight bits.
+
+    Differs from the paper: the start minimises the squared error; ``start="paper"`` is 2 mean|w| / sqrt(Q_P).
+    """
+
+    paper = "LSQ, Esser et al., ICLR 2020, arXiv 1902.08153"
+    needs_data = True
+
+    def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:
+        super().__init__(spec, num_channels, channel_dim)
+        self.step = nn.Parameter(torch.ones(num_channels if spec.granularity == "channel" else ()))
+
+    @property
+    def low(self) -> int:
+        """Smallest code, -Q_N."""
+        return {1: -1, 8: -127}.get(self.bits, -(2 ** (self.bits - 1)))
+
+    @property
+    def high(self) -> int:
+        """Largest code, Q_P; 1 for one bit."""
+        return max(int(2 ** (self.bits - 1)) - 1, 1)
+
+    def _step(self, x: Tensor) -> Tensor:
+        step = positive(self.step)
+        return step.view(self._per_channel(x)) if step.ndim else step
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """See the class."""
+        step, shared = self._step(x), x.numel() // self.step.numel()
+        if self.bits == 1:
+            return sign_ste(x, clip=float("inf")) * _scale_gradient(step, shared**-0.5)
+        return lsq(x, step, self.low, self.high, (shared * self.high) ** -0.5)
+
+    def encode(self, x: Tensor) -> Codes:
+        """Integers that an engine multiplies as they are; one bit gives -1 and +1."""
+        step = self._step(x).detach()
+        codes = sign_ste(x) if self.bits == 1 else to_codes(x, step, self.low, self.high)
+        return Codes(codes.to(torch.int32), step, torch.zeros_like(step), self.low, self.high)
+
+    def _calibrate(self, x: Tensor) -> None:
+        groups = x.reshape(self.step.numel(), -1)
+        if self.bits == 1:
+            step = groups.abs().mean(1)
+        elif self.spec.start == "paper":
+            step = 2 * groups.abs().mean(1) / self.high**0.5
+        else:
+            step = best_step(groups, self.low, self.high)
+        self.step.copy_(torch.where(step > 0, step, 1.0).view_as(self.step))
+
+
+class LSQActivation(Quantizer):
+    """Activations: codes from 0 to 2**b - 1, or an affine grid where the data go below zero.
+
+    Calibration decides (ours; the paper's grid is unsigned only): with a negative minimum a whole ``zero_point``
+    is fixed, codes run from -zero_point to 2**b - 1 - zero_point, and zero stays exactly a level.
+    """
+
+    paper = "LSQ, Esser et al., ICLR 2020, arXiv 1902.08153"
+    needs_data = True
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:
+        super().__init__(spec, num_channels, channel_dim)
+        self.step = nn.Parameter(torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """See the class."""
+        features = x.numel() // x.shape[0] if x.ndim > 1 else x.numel()
+        low = -self.zero_point
+        return lsq(x, positive(self.step), low, low + self.num_steps, (features * self.num_steps) ** -0.5)
+
+    def encode(self, x: Tensor) -> Codes:
+        """Integers with a whole zero point: an engine's unsigned 8-bit type takes them as they are."""
+        step = positive(self.step).detach()
+        low = -int(self.zero_point)
+        codes = to_codes(x, step, low, low + self.num_steps)
+        return Codes(codes.to(torch.int32), step, torch.zeros_like(step), low, low + self.num_steps)
+
+    def _calibrate(self, x: Tensor) -> None:
+        signed = bool(x.min() < 0)
+        if self.spec.start == "paper" and not signed:
+            step, zero_point = 2 * x.abs().mean() / self.num_steps**0.5, 0
+        elif signed:
+            step, zero_point = best_affine(sample(x), self.num_steps)
+        else:
+            step, zero_point = best_step(sample(x)[None], 0, self.num_steps)[0], 0
+        self.step.copy_(step if step > 0 else torch.tensor(1.0))
+        self.zero_point.fill_(zero_point)
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` forward, ``factor * g`` backward."""
+    return x.detach() + (x - x.detach()) * factor

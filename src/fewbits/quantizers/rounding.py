@@ -1,0 +1,155 @@
+"""The project's one rounding rule, and the small autograd functions that several papers share.
+
+Every uniform quantizer computes its step first, divides by it in float32, rounds halves to even, and returns
+``code * scale + offset``. The trainer, the exporter and the parity check all come through these functions, so
+they cannot disagree about a tie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Bound = int | Tensor
+"""A clipping bound on codes: a whole number, or a tensor of whole numbers that broadcasts."""
+
+SMALLEST_STEP = 1e-8
+"""Steps, ranges and scales never fall below this."""
+
+
+def to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Return the codes of ``x`` as whole numbers in floating point: ``clip(round(x / step), low, high)``.
+
+    Args:
+        x: values, any shape, float32.
+        step: positive, broadcasts against ``x``.
+        low: smallest code.
+        high: largest code.
+
+    Returns:
+        The codes, of the shape of ``x``.
+
+    >>> to_codes(torch.tensor([-1.0, 0.5, 1.5, 9.0]), torch.tensor(1.0), 0, 3).tolist()
+    [0.0, 0.0, 2.0, 3.0]
+    """
+    codes = (x / step).round_()
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return codes.clamp_(torch.as_tensor(low, device=x.device), torch.as_tensor(high, device=x.device))
+    return codes.clamp_(low, high)
+
+
+class _RoundToCodes(torch.autograd.Function):
+    """Codes forward; straight through backward: d code / d x := 1 / step, everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+        ctx.save_for_backward(step)
+        return to_codes(x, step, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (step,) = ctx.saved_tensors
+        return grads[0] / step, None, None, None
+
+
+def codes_ste(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Codes of ``x`` with a straight-through gradient.
+
+    Forward:  c(x) = clip(round(x / step), low, high)
+    Backward: dc/dx = 1 / step, also outside the range; ``step`` gets no gradient.
+    """
+    codes: Tensor = _RoundToCodes.apply(x, step, low, high)
+    return codes
+
+
+class _Positive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return value.clamp(min=SMALLEST_STEP)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (value,) = ctx.saved_tensors
+        # A descent step subtracts the gradient: below the floor only negative ones, which raise the value, pass.
+        return torch.where(value > SMALLEST_STEP, grads[0], grads[0].clamp(max=0.0))
+
+
+def positive(value: Tensor) -> Tensor:
+    """Keep a learned step, range or scale positive, without a dead end at the floor.
+
+    Forward:  max(value, 1e-8)
+    Backward: g above the floor; min(g, 0) at and below it, so that descent can only raise the value.
+
+    >>> positive(torch.tensor([0.5, -3.0])).tolist()
+    [0.5, 9.99999993922529e-09]
+    """
+    kept: Tensor = _Positive.apply(value)
+    return kept
+
+
+class _SignClipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip = clip
+        return _sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (x.abs() <= ctx.clip), None
+
+
+def _sign(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, -1 elsewhere: sign(0) is +1, or a network behind a ReLU would be ternary."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def sign_ste(x: Tensor, clip: float = 1.0) -> Tensor:
+    """Binarize to -1 or +1 with a clipped straight-through gradient.
+
+    Forward:  q(x) = +1 if x >= 0 else -1
+    Backward: dq/dx = 1 if abs(x) <= clip else 0
+
+    Args:
+        x: values, any shape.
+        clip: half the width of the window that lets gradients pass; ``inf`` is the identity.
+
+    >>> x = torch.tensor([-2.0, 0.0, 0.5], requires_grad=True)
+    >>> q = sign_ste(x)
+    >>> q.sum().backward()
+    >>> q.tolist(), x.grad.tolist()
+    ([-1.0, 1.0, 1.0], [0.0, 1.0, 1.0])
+    """
+    signs: Tensor = _SignClipped.apply(x, clip)
+    return signs
+
+
+class _SignPolynomial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (2.0 - 2.0 * x.abs()).clamp(min=0.0)
+
+
+def sign_polynomial(x: Tensor) -> Tensor:
+    """Binarize to -1 or +1 with Bi-Real Net's piecewise polynomial gradient (ECCV 2018, Eq. 7).
+
+    Forward:  q(x) = +1 if x >= 0 else -1
+    Backward: dq/dx = 2 + 2x on [-1, 0), 2 - 2x on [0, 1], 0 elsewhere
+
+    >>> x = torch.tensor([-2.0, -0.5, 0.0], requires_grad=True)
+    >>> sign_polynomial(x).sum().backward()
+    >>> x.grad.tolist()
+    [0.0, 1.0, 2.0]
+    """
+    signs: Tensor = _SignPolynomial.apply(x)
+    return signs
