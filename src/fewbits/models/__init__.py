@@ -1,0 +1,16 @@
+"""Reference networks by name, and their weights."""
+
+from fewbits.models.registry import MODELS, PRETRAINED, Pretrained, build, names, pretrained
+from fewbits.models.weights import adapt, load_into, load_weights
+
+__all__ = [
+    "MODELS",
+    "PRETRAINED",
+    "Pretrained",
+    "adapt",
+    "build",
+    "load_into",
+    "load_weights",
+    "names",
+    "pretrained",
+]
