@@ -37,6 +37,7 @@ class QuantSpec:
         role: what is quantized, a layer's ``"weight"`` or its input ``"activation"``.
         granularity: one scale for the ``"tensor"``, or one for each output ``"channel"`` (weights only).
         start: where ranges start: from the ``"data"`` (our default) or as the ``"paper"`` says.
+        fixed: whether the bits stay when a schedule moves the network's bits (first and last layer, residual streams).
     """
 
     method: str
@@ -44,6 +45,7 @@ class QuantSpec:
     role: Role
     granularity: Granularity = "tensor"
     start: Start = "data"
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -152,9 +154,14 @@ class Quantizer(nn.Module, ABC):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """The quantized values of ``x``, with the method's gradient."""
 
-    @abstractmethod
+    @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
-        """The quantized ``x`` as integers."""
+        """Quantize ``x`` (any shape; computed in float32) to integers, whether the gate is open or not."""
+        return self._encode(x.detach().float())
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> Codes:
+        """The codes of ``x``, which is float32; called without gradients."""
 
     def bypass(self, x: Tensor) -> Tensor:
         """What "not quantized" means for this method: the identity, unless its paper clips."""
@@ -165,9 +172,11 @@ class Quantizer(nn.Module, ABC):
         """Set the ranges from real values ``x``; recorded in ``calibrated``.
 
         Raises:
-            ValueError: ``x`` has no finite value, or values that the method cannot represent.
+            ValueError: ``x`` is empty, or has values that are not finite or that the method cannot represent.
         """
         x = x.detach().float()
+        if x.numel() == 0:
+            raise ValueError(f"calibration data is empty: its shape is {tuple(x.shape)}; pass at least one real batch")
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise ValueError(f"calibration data holds {bad} of {x.numel()} values that are NaN or infinite")

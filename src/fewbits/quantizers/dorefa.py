@@ -41,15 +41,13 @@ class DoReFaWeight(Quantizer):
         step, scale, offset = self._grid(x)
         return codes_ste(self._unit(x), step, 0, self.num_steps) * scale + offset
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 with offset -1; one bit gives -1 and +1 with the mean as scale."""
         if self.bits == 1:
             scale = _mean_magnitude(x)
             return Codes(sign_ste(x).to(torch.int32), scale, torch.zeros_like(scale), -1, 1)
         step, scale, offset = self._grid(x)
-        return Codes(
-            to_codes(self._unit(x.detach()), step, 0, self.num_steps).to(torch.int32), scale, offset, 0, self.num_steps
-        )
+        return Codes(to_codes(self._unit(x), step, 0, self.num_steps).to(torch.int32), scale, offset, 0, self.num_steps)
 
 
 def _mean_magnitude(w: Tensor) -> Tensor:
@@ -76,8 +74,8 @@ class DoReFaActivation(Quantizer):
         """Clipped, not rounded."""
         return x.clamp(0.0, 1.0)
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 with the fixed scale 1 / (2**b - 1)."""
         step = torch.tensor(1.0 / self.num_steps, device=x.device)
-        codes = to_codes(x.detach().clamp(0.0, 1.0), step, 0, self.num_steps)
+        codes = to_codes(x.clamp(0.0, 1.0), step, 0, self.num_steps)
         return Codes(codes.to(torch.int32), step, torch.zeros_like(step), 0, self.num_steps)

@@ -67,10 +67,10 @@ class _EWGS(Quantizer):
         scale, offset = self._output()
         return ewgs_codes(x, self.lower, self.upper, self.delta, self.num_steps) * scale + offset
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 of the learned interval."""
-        scale, offset = (t.detach() for t in self._output())
-        codes = ewgs_codes(x.detach(), self.lower.detach(), self.upper.detach(), self.delta, self.num_steps)
+        scale, offset = self._output()
+        codes = ewgs_codes(x, self.lower, self.upper, self.delta, self.num_steps)
         return Codes(codes.to(torch.int32), scale, offset, 0, self.num_steps)
 
 

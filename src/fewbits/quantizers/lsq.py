@@ -69,8 +69,8 @@ class LSQWeight(Quantizer):
     One bit is a special case of ours, for the paper's grid has no level above zero there: ``step * sign(w)``, with
     d/dw = 1, d/dstep = sum(g sign(w)) / sqrt(N), and mean|w| as the start.
 
-    At 8 bits the code -128 is left out (ours): a batch norm with a negative factor folds into the weights by a change of
-    sign, and +128 does not fit into eight bits.
+    At 8 bits the code -128 is left out (ours): a batch norm with a negative factor folds into the weights by a change
+    of sign, and +128 does not fit into eight bits.
 
     Differs from the paper: the start minimises the squared error; ``start="paper"`` is 2 mean|w| / sqrt(Q_P).
     """
@@ -103,9 +103,9 @@ class LSQWeight(Quantizer):
             return sign_ste(x, clip=float("inf")) * _scale_gradient(step, shared**-0.5)
         return lsq(x, step, self.low, self.high, (shared * self.high) ** -0.5)
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers that an engine multiplies as they are; one bit gives -1 and +1."""
-        step = self._step(x).detach()
+        step = self._step(x)
         codes = sign_ste(x) if self.bits == 1 else to_codes(x, step, self.low, self.high)
         return Codes(codes.to(torch.int32), step, torch.zeros_like(step), self.low, self.high)
 
@@ -142,9 +142,9 @@ class LSQActivation(Quantizer):
         low = -self.zero_point
         return lsq(x, positive(self.step), low, low + self.num_steps, (features * self.num_steps) ** -0.5)
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers with a whole zero point: an engine's unsigned 8-bit type takes them as they are."""
-        step = positive(self.step).detach()
+        step = positive(self.step)
         low = -int(self.zero_point)
         codes = to_codes(x, step, low, low + self.num_steps)
         return Codes(codes.to(torch.int32), step, torch.zeros_like(step), low, low + self.num_steps)

@@ -61,10 +61,10 @@ class MinMax(Quantizer):
         y: Tensor = _RoundInRange.apply(x, step, lowest, self.num_steps)
         return y
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 with the minimum as offset: of this tensor, in this batch."""
-        step, lowest = self._range(x.detach())
-        codes = to_codes(x.detach() - lowest, step, 0, self.num_steps)
+        step, lowest = self._range(x)
+        codes = to_codes(x - lowest, step, 0, self.num_steps)
         return Codes(codes.to(torch.int32), step, lowest, 0, self.num_steps)
 
 

@@ -88,10 +88,10 @@ class PACTActivation(Quantizer):
         y: Tensor = _Clipped.apply(x, positive(self.alpha))
         return y
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 with scale alpha / (2**b - 1)."""
-        step = positive(self.alpha).detach() / self.num_steps
-        codes = to_codes(x.detach(), step, 0, self.num_steps)
+        step = positive(self.alpha) / self.num_steps
+        codes = to_codes(x, step, 0, self.num_steps)
         return Codes(codes.to(torch.int32), step, torch.zeros_like(step), 0, self.num_steps)
 
     def _calibrate(self, x: Tensor) -> None:

@@ -32,9 +32,8 @@ class _Binary(Quantizer):
         """1, or what the method multiplies the signs by; broadcasts against ``x``."""
         return torch.ones((), device=x.device)
 
-    def encode(self, x: Tensor) -> Codes:
+    def _encode(self, x: Tensor) -> Codes:
         """Integers -1 and +1."""
-        x = x.detach().float()
         scale = self._scale(x)
         signs = sign_ste(self._centred(x))
         return Codes(signs.to(torch.int32), scale, torch.zeros_like(scale), -1, 1)
