@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "fewbits"
 # The rooms from the ground up. Imports go strictly downwards; rooms on the same floor do not know each other.
 FLOORS: list[list[str]] = [
     ["quantizers", "data"],
-    ["layers", "models"],
+    ["layers", "streams", "models"],
     ["blocks"],
     ["convert"],
     ["precision"],
@@ -30,6 +30,7 @@ FLOORS: list[list[str]] = [
     ["runs"],
     ["deploy"],
     ["report"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

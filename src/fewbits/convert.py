@@ -170,7 +170,7 @@ def quantize(
             module = student.get_submodule(name)
             QUANTIZED[type(module)].from_float(module, layer.weight, layer.activation)
     if plan.residual is not None and seen is not None:
-        spec = QuantSpec("lsq", plan.residual, "activation", start=plan.start)
+        spec = QuantSpec("lsq", plan.residual, "activation", start=plan.start, fixed=True)
         for place in seen.places:
             attach(student.get_submodule(place.module), place.side, build(spec, 1, 1))
         if seen.unreachable:
@@ -223,7 +223,7 @@ def _is_hidden(model: nn.Module, name: str) -> bool:
 def _specs(name: str, names: list[str], plan: Plan) -> LayerSpecs:
     if any(matches(name, pattern) for pattern in plan.keep):
         return LayerSpecs(None, None, "kept by the plan")
-    weights, activations, method = plan.weights, plan.activations, plan.quantizer
+    weights, activations, method, fixed = plan.weights, plan.activations, plan.quantizer, True
     rule = next((r for r in plan.rules if matches(name, r.pattern)), None)
     if rule is not None:
         weights = plan.weights if rule.weights is None else rule.weights
@@ -237,10 +237,12 @@ def _specs(name: str, names: list[str], plan: Plan) -> LayerSpecs:
         # Full precision was asked for one side of the whole network: the ends follow.
         weights = FLOAT_BITS if weights == FLOAT_BITS else ends
         activations = FLOAT_BITS if activations == FLOAT_BITS else ends
+    else:
+        fixed = False
     granularity = plan.granularity if method == "lsq" else "tensor"
     return LayerSpecs(
-        None if weights == FLOAT_BITS else QuantSpec(method, weights, "weight", granularity, plan.start),
-        None if activations == FLOAT_BITS else QuantSpec(method, activations, "activation", start=plan.start),
+        None if weights == FLOAT_BITS else QuantSpec(method, weights, "weight", granularity, plan.start, fixed),
+        None if activations == FLOAT_BITS else QuantSpec(method, activations, "activation", start=plan.start, fixed=fixed),
         "32 bits asked for" if weights == activations == FLOAT_BITS else "",
     )
 

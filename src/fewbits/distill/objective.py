@@ -1,0 +1,203 @@
+"""The objective: images and labels in, losses out. What a loop compiles, distributes and steps, and all it needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..precision import set_precision
+from ..quantizers import Quantizer
+from .base import Group, NetworkName, Networks, Phase, Step, Tap, Term
+from .taps import Taps
+
+
+class Losses(NamedTuple):
+    """What one batch cost.
+
+    Args:
+        total: the weighted sum, a scalar with a gradient.
+        terms: each term by name, unweighted, detached.
+        logits: of the network that is trained, detached, N x C.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor
+
+
+class Objective(nn.Module):
+    """``objective(images, targets)`` runs the networks that its terms read, and no others.
+
+    A network that this phase does not train stays in eval mode and gets no gradient.
+
+    Args:
+        networks: student, teacher and helpers; the phase's edits have been applied.
+        phase: the terms, and who is trained.
+    """
+
+    def __init__(self, networks: Networks, phase: Phase) -> None:
+        super().__init__()
+        self.networks = networks
+        self.phase = phase
+        self._names = _unique_names(phase.terms)
+        self._taps: dict[str, tuple[Tap, ...]] = {}
+        self._runs: set[NetworkName] = {group.network for group in phase.trains}
+        for name, term in self._names.items():
+            self._taps[name] = term.taps(networks)
+            self._runs |= {*term.logits(), *(tap.network for tap in self._taps[name])}
+            helper = term.helper(networks)
+            if helper is not None and name not in networks.helpers:
+                networks.helpers[name] = helper
+        self._trained: set[NetworkName] = {group.network for group in phase.trains}
+        for network in self._runs:
+            networks.network(network)
+        self._hooks = Taps(
+            [tap for taps in self._taps.values() for tap in taps], networks.student, networks.teacher
+        )
+        self._frozen = self._freeze()
+        self.set_progress(0.0, 0)
+        self.train()
+        self._try_out()
+
+    @property
+    def taught(self) -> nn.Module:
+        """The network whose accuracy this phase is about."""
+        return self.networks.network(self._taught)
+
+    @property
+    def _taught(self) -> NetworkName:
+        return "student" if "student" in self._trained else "teacher"
+
+    def forward(self, images: Tensor, targets: Any) -> Losses:
+        """Losses of one batch.
+
+        Args:
+            images: N x C x H x W, normalised.
+            targets: labels, int64, N.
+        """
+        logits: dict[str, Tensor] = {}
+        if "teacher" in self._runs:
+            teacher = self.networks.network("teacher")
+            if "teacher" in self._trained:
+                logits["teacher"] = teacher(images)
+            else:
+                with torch.no_grad():
+                    logits["teacher"] = teacher(images)
+        if "student" in self._runs:
+            logits["student"] = self.networks.student(images)
+        step = Step(targets, logits, self._hooks.collect())
+        values = {name: self._value(name, term, step) for name, term in self._names.items()}
+        total = torch.stack([self._names[name].weight * value for name, value in values.items()]).sum()
+        return Losses(
+            total, {name: value.detach() for name, value in values.items()}, logits[self._taught].detach()
+        )
+
+    def _value(self, name: str, term: Term, step: Step) -> Tensor:
+        helper = self.networks.helpers[name] if name in self.networks.helpers else None
+        return term(step.seen_by(term.teaches), self._taps[name], helper)
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0, helper_lr: float | None = None) -> list[dict[str, Any]]:
+        """Parameters for an optimizer, helpers included, each once.
+
+        Matrices and kernels decay; biases, norms and quantizers do not, unless their paper says so (PACT's alpha).
+
+        Args:
+            lr: of the weights; a phase's groups multiply it.
+            weight_decay: L2 penalty.
+            helper_lr: of the helpers, by default ``lr``.
+        """
+        groups: list[dict[str, Any]] = []
+        for group in self.phase.trains:
+            network = self.networks.network(group.network)
+            split = _split(network)
+            rate = lr * group.lr
+            for kind, params in split.items():
+                kind_lr = rate * group.quantizer_lr if kind.startswith("quantizer") else rate
+                decay = weight_decay if kind in {"weights", "quantizer_decayed"} else 0.0
+                groups.append({"name": f"{group.network}.{kind}", "params": params, "lr": kind_lr, "weight_decay": decay})
+        helpers = [p for p in self.networks.helpers.parameters() if p.requires_grad]
+        groups.append({"name": "helpers", "params": helpers, "lr": helper_lr or lr, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+    def set_progress(self, progress: float, step: int) -> None:
+        """Move the schedules: ``progress`` from 0 to 1 through this phase, ``step`` counts optimizer steps."""
+        precision = self.phase.precision.at(progress)
+        if precision != getattr(self, "_precision", None):
+            set_precision(self.networks.student, precision)
+            self._precision = precision
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for what is trained; a network that is not stays in eval mode."""
+        super().train(mode)
+        for name in ("student", "teacher"):
+            network = getattr(self.networks, name)
+            if network is not None and name not in self._trained:
+                network.eval()
+        return self
+
+    def close(self) -> None:
+        """Take the hooks off and give frozen networks their gradients back; the networks live on."""
+        self._hooks.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+
+    def _freeze(self) -> list[nn.Parameter]:
+        frozen = []
+        for name in ("student", "teacher"):
+            network = getattr(self.networks, name)
+            if network is not None and name not in self._trained:
+                frozen += [p for p in network.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return frozen
+
+    @torch.no_grad()
+    def _try_out(self) -> None:
+        """Let every term meet real shapes once, so that a mismatch is an error now and not an hour from now."""
+        was_training = self.training
+        self.eval()
+        images = self.networks.example
+        try:
+            self(images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
+        finally:
+            self.train(was_training)
+
+
+def _unique_names(terms: tuple[Term, ...]) -> dict[str, Term]:
+    if not terms:
+        raise ValueError("terms is empty; a phase needs at least one loss term")
+    names: dict[str, Term] = {}
+    for term in terms:
+        name = term.name if term.teaches == "student" else f"{term.teaches}_{term.name}"
+        while name in names:
+            name += "_more"
+        names[name] = term
+    return names
+
+
+def _split(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """A network's trainable parameters: weights, those that never decay, quantizers', and theirs that decay."""
+    split: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "quantizers": [], "quantizer_decayed": []}
+    owned = {id(p) for m in network.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    decayed = {
+        id(p)
+        for m in network.modules()
+        if isinstance(m, Quantizer)
+        for n, p in m.named_parameters(recurse=False)
+        if n in m.decayed
+    }
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in decayed:
+            split["quantizer_decayed"].append(parameter)
+        elif id(parameter) in owned:
+            split["quantizers"].append(parameter)
+        else:
+            split["weights" if parameter.ndim > 1 else "no_decay"].append(parameter)
+    return split
+
+
+__all__ = ["Group", "Losses", "Objective"]

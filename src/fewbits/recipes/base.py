@@ -1,0 +1,173 @@
+"""A recipe: terms, a teacher policy and a schedule, chosen separately; together they are phases of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import calibrate, quantizers_of
+from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
+
+EXAMPLES = 2
+"""Images that stay with the networks to give helpers their shapes."""
+
+
+class TeacherPolicy(Protocol):
+    """What happens to the teacher: the phases that it needs before the student's."""
+
+    needs_teacher: bool
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Phases that train the teacher; their shares count in the budget."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoTeacher:
+    """The student learns from labels alone."""
+
+    needs_teacher: bool = False
+
+    def phases(self) -> tuple[Phase, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The teacher stays as it is, in eval mode."""
+
+    needs_teacher: bool = True
+
+    def phases(self) -> tuple[Phase, ...]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is taught. Frozen data: prints, compares, is saved with a run.
+
+    Args:
+        name: for logs and run folders.
+        terms: the student's loss.
+        teacher: what happens to the teacher.
+        edits: changes of structure before the student's phase.
+        quantized: whether the student is a quantized network; False trains the float network itself.
+    """
+
+    name: str
+    terms: tuple[Term, ...] = (CrossEntropy(),)
+    teacher: TeacherPolicy = NoTeacher()
+    edits: tuple[Edit, ...] = ()
+    quantized: bool = True
+
+    def phases(self) -> tuple[Phase, ...]:
+        """What the teacher policy needs first, then the student's phase with what is left of the budget."""
+        before = self.teacher.phases()
+        share = 1.0 - sum(phase.share for phase in before)
+        student = Phase("student", share, self.terms, self.edits, (Group("student"),))
+        return (*before, student)
+
+    def objective(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        batches: Iterable[Any],
+        phase: int = 0,
+        networks: Networks | None = None,
+    ) -> Objective:
+        """The objective of one phase, ready to train: structure edited, quantizers and edits set from real images.
+
+        Args:
+            student: the network that is trained, in place.
+            teacher: the float network; copied if the recipe changes it (``objective.networks.teacher``).
+            batches: a few batches of images, or of (images, labels), normalised.
+            phase: index into ``phases()``.
+            networks: of the phase before, for every phase but the first.
+
+        Raises:
+            ValueError: a teacher is missing, a phase is asked for whose earlier ones have not run, or student and
+                teacher do not fit together.
+        """
+        images = list(_images(batches))
+        networks = self.begin(student, teacher, example=_example(images), phase=phase, networks=networks)
+        device = networks.example.device
+        for edit in self.phases()[phase].edits:
+            edit.initialise(networks, (batch.to(device) for batch in images))
+        calibrate(networks.student, images)
+        return Objective(networks, self.phases()[phase])
+
+    def begin(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        example: Tensor,
+        phase: int,
+        networks: Networks | None,
+    ) -> Networks:
+        """The networks with the structure of ``phase``; values are set by ``objective``, or loaded on resume."""
+        phases = self.phases()
+        if not 0 <= phase < len(phases):
+            raise ValueError(f"phase must be 0..{len(phases) - 1} for recipe {self.name!r}, got {phase}")
+        if networks is None:
+            networks = self._start(student, teacher, example)
+        if networks.num_phases != phase:
+            raise ValueError(
+                f"phase {phase} of recipe {self.name!r} needs the networks of phase {phase - 1}, but {networks.num_phases} "
+                "phases have run; pass networks=objective.networks of the phase before"
+            )
+        for edit in phases[phase].edits:
+            edit.apply(networks)
+        networks.num_phases = phase + 1
+        return networks
+
+    def _start(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> Networks:
+        is_quantized = any(True for _ in quantizers_of(student))
+        if self.quantized and not is_quantized:
+            raise ValueError(f"recipe {self.name!r} trains a quantized student; call fewbits.quantize(model, ...) first")
+        if not self.quantized and is_quantized:
+            raise ValueError(f"recipe {self.name!r} trains the float network itself, got a quantized one")
+        if self.teacher.needs_teacher and teacher is None:
+            raise ValueError(
+                f"recipe {self.name!r} needs a teacher; pass teacher=..., for example the float network that the student "
+                "came from (train one with recipe 'float')"
+            )
+        if teacher is student:
+            raise ValueError("teacher and student are the same object; quantize() returns a copy to train")
+        if not self.teacher.needs_teacher:
+            teacher = None
+        if teacher is not None and any(phase.edits or phase.trains != (Group("student"),) for phase in self.phases()):
+            teacher = copy.deepcopy(teacher)
+        device = next(student.parameters()).device
+        if teacher is not None:
+            teacher = teacher.to(device)
+        return Networks(student, teacher, example.to(device))
+
+    def with_options(self, **options: Any) -> Recipe:
+        """The same recipe with other fields."""
+        return replace(self, **options)
+
+
+def _images(batches: Iterable[Any]) -> Iterator[Tensor]:
+    for batch in batches:
+        images = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise TypeError(
+                "batches must hold images N x C x H x W, or (images, labels); "
+                f"got {type(images).__name__}{f' of shape {tuple(images.shape)}' if isinstance(images, Tensor) else ''}"
+            )
+        yield images
+
+
+def _example(images: list[Tensor]) -> Tensor:
+    if not images or len(images[0]) == 0:
+        raise ValueError("batches holds no image; pass a few real batches, they set the quantizers' ranges")
+    return torch.as_tensor(images[0][:EXAMPLES]).clone()

@@ -1,0 +1,162 @@
+"""QFD: quantized feature distillation (Zhu et al., AAAI 2023).
+
+Certain are the idea and lambda = 0.5: train a float teacher whose output feature is quantized, then let the student
+match that feature. Reconstruction: the quantizer, where the feature is taken (behind the pooling), the reduction, the
+teacher's schedule and the number of bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..distill import CrossEntropy, Edit, Group, Networks, Phase, Step, Tap, Term
+from ..distill.feature_losses import Reduction, squared_error
+from ..distill.terms import same_shape
+from ..quantizers import check_bits
+from ..quantizers.feature import FeatureQuantizer
+from .base import Frozen, Recipe
+
+QUANTIZER = "feature_quantizer"
+WIDE = 256
+"""Features at least this wide keep a teacher's accuracy with one bit; rounding alone costs 2.5 points at 64."""
+
+
+def quantizer_tap(networks: Networks) -> Tap:
+    """The teacher's quantized feature: what its quantizer gives to its head."""
+    return Tap("teacher", f"{networks.anatomy('teacher').head}.{QUANTIZER}", "output")
+
+
+def _quantize_feature(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (head.get_submodule(QUANTIZER)(args[0]), *args[1:])
+
+
+@dataclass(frozen=True)
+class QuantizeFeature(Edit):
+    """Put a quantizer between the teacher's feature and its head: the head consumes f_Q.
+
+    Args:
+        bits: of the feature; 32 leaves it float (that is float-feature distillation), None chooses 1 for features of 256
+            dimensions or more, else 4.
+    """
+
+    bits: int | None = None
+
+    def apply(self, networks: Networks) -> None:
+        """See the class."""
+        teacher = networks.network("teacher")
+        head = teacher.get_submodule(networks.anatomy("teacher").head)
+        width = head.in_features if isinstance(head, nn.Linear) else head.in_channels
+        bits = self.bits or (1 if int(width) >= WIDE else 4)  # type: ignore[arg-type]
+        device = next(teacher.parameters()).device
+        head.add_module(QUANTIZER, FeatureQuantizer(bits).to(device))
+        head.register_forward_pre_hook(_quantize_feature)
+
+    @torch.no_grad()
+    def initialise(self, networks: Networks, batches: Iterable[Tensor]) -> None:
+        """Set the range from the float teacher's features on real images."""
+        teacher = networks.network("teacher").eval()
+        tap = quantizer_tap(networks)
+        quantizer = teacher.get_submodule(tap.module)
+        assert isinstance(quantizer, FeatureQuantizer)
+        features: list[Tensor] = []
+        handle = quantizer.register_forward_pre_hook(lambda module, args: features.append(args[0].detach()))
+        try:
+            for images in batches:
+                teacher(images)
+        finally:
+            handle.remove()
+        quantizer.calibrate(torch.cat(features))
+
+
+@dataclass(frozen=True)
+class QuantizedFeatureDistance(Term):
+    """L(f_t_Q, f_s): squared error between the student's float feature and the teacher's quantized one.
+
+    The student's feature passes no extra quantizer; the gradient reaches its own quantizers straight through.
+    """
+
+    weight: float = 0.5
+    reduction: Reduction = "sum"
+
+    name: ClassVar[str] = "quantized_features"
+
+    def taps(self, networks: Networks) -> tuple[Tap, ...]:
+        """What enters the student's head, and what leaves the teacher's feature quantizer."""
+        return (Tap.feature(networks, "student"), quantizer_tap(networks))
+
+    def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
+        """See ``squared_error``."""
+        student, teacher = (step.features[tap] for tap in taps)
+        same_shape(student, teacher, "features")
+        return squared_error(student, teacher, self.reduction)
+
+
+@dataclass(frozen=True)
+class QuantizedFeature:
+    """The teacher is trained first, with its feature quantized, then frozen.
+
+    Args:
+        bits: see ``QuantizeFeature``.
+        share: of the whole budget of steps; reconstruction: 10 to 30 %.
+        lr: factor on the run's learning rate.
+        quantizer_lr: factor on top of it for the feature's range and scale, which drift otherwise.
+    """
+
+    bits: int | None = None
+    share: float = 0.2
+    lr: float = 0.2
+    quantizer_lr: float = 1e-2
+    needs_teacher: bool = True
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One: cross-entropy through the quantized feature."""
+        return (
+            Phase(
+                "teacher",
+                self.share,
+                (CrossEntropy(teaches="teacher"),),
+                (QuantizeFeature(self.bits),),
+                (Group("teacher", self.lr, self.quantizer_lr),),
+            ),
+        )
+
+
+def QFD(
+    weight: float = 0.5,
+    bits: int | None = None,
+    reduction: Reduction = "sum",
+    share: float = 0.2,
+    retrain: bool = True,
+    teacher_lr: float = 0.2,
+) -> Recipe:
+    """Teacher: CE through Q_b(f_t). Student: CE + weight * ||f_s - Q_b(f_t)||^2.
+
+    Args:
+        weight: lambda, 0.5 in the paper.
+        bits: of the teacher's feature, 1 to 8, or 32 for a float feature (a teacher trained on without a quantizer is
+            not needed then, and none is trained); None chooses by its width, see ``QuantizeFeature``.
+        reduction: over the feature's elements, ``"sum"`` or ``"mean"``.
+        share: of the budget that trains the teacher.
+        retrain: False rounds the feature after training: the fair control, not QFD.
+        teacher_lr: factor on the run's learning rate while the teacher trains; it starts from a trained network.
+
+    Raises:
+        ValueError: bits or share out of range.
+    """
+    if bits == 32:
+        from .rivals import Features
+
+        return Features(weight, reduction)
+    if bits is not None:
+        check_bits(bits)
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, got {share}; it is the teacher's part of the budget")
+    terms = (CrossEntropy(), QuantizedFeatureDistance(weight, reduction=reduction))
+    if not retrain:
+        return Recipe("qfd-rounded", terms, Frozen(), edits=(QuantizeFeature(bits),))
+    return Recipe("qfd", terms, QuantizedFeature(bits, share, teacher_lr))
