@@ -4,7 +4,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits.quantizers.rounding import SMALLEST_STEP, codes_ste, positive, sign_polynomial, sign_ste, to_codes
+from fewbits.quantizers.rounding import (
+    SMALLEST_STEP,
+    codes_ste,
+    positive,
+    scaled_sign,
+    sign_polynomial,
+    sign_ste,
+    to_codes,
+)
 
 floats = st.floats(-100, 100, width=32)
 steps = st.floats(2**-10, 8, width=32)
@@ -78,6 +86,20 @@ def test_sign_ste(values: list[float], clip: float):
     sign_ste(x, clip).backward(g)
     assert x.grad is not None
     assert x.grad.tolist() == [float(i) if abs(v) <= clip else 0.0 for i, v in enumerate(values, start=1)]
+
+
+@given(st.lists(floats, min_size=1, max_size=20), st.floats(0.125, 2, width=32))
+def test_scaled_sign(values: list[float], scale: float):
+    x, s = torch.tensor(values, requires_grad=True), torch.tensor(scale, requires_grad=True)
+    g = torch.arange(1.0, len(values) + 1)
+    y = scaled_sign(x, s)
+    y.backward(g)
+    signs = [1.0 if v >= 0 else -1.0 for v in values]
+    assert y.tolist() == [scale * sign for sign in signs]
+    assert x.grad is not None
+    assert x.grad.tolist() == [float(i) if abs(v) <= 1 else 0.0 for i, v in enumerate(values, start=1)]
+    assert s.grad is not None
+    assert s.grad.item() == sum(i * sign for i, sign in enumerate(signs, start=1))
 
 
 def test_sign_polynomial():

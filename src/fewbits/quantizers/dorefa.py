@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Codes, Engine, Quantizer
-from .rounding import SMALLEST_STEP, codes_ste, sign_ste, to_codes
+from .rounding import SMALLEST_STEP, codes_ste, scaled_sign, sign_ste, to_codes
 
 
 class DoReFaWeight(Quantizer):
@@ -37,7 +37,7 @@ class DoReFaWeight(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the class."""
         if self.bits == 1:
-            return sign_ste(x, clip=float("inf")) * _mean_magnitude(x)
+            return scaled_sign(x, _mean_magnitude(x), clip=float("inf"))
         step, scale, offset = self._grid(x)
         return codes_ste(self._unit(x), step, 0, self.num_steps) * scale + offset
 

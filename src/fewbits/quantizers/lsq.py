@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Codes, Quantizer, QuantSpec
-from .rounding import Bound, positive, sign_ste, to_codes
+from .rounding import Bound, positive, scaled_sign, sign_ste, to_codes
 from .start import best_affine, best_step, sample
 
 
@@ -100,7 +100,7 @@ class LSQWeight(Quantizer):
         """See the class."""
         step, shared = self._step(x), x.numel() // self.step.numel()
         if self.bits == 1:
-            return sign_ste(x, clip=float("inf")) * _scale_gradient(step, shared**-0.5)
+            return scaled_sign(x, _scale_gradient(step, shared**-0.5), clip=float("inf"))
         return lsq(x, step, self.low, self.high, (shared * self.high) ** -0.5)
 
     def _encode(self, x: Tensor) -> Codes:

@@ -128,6 +128,40 @@ def sign_ste(x: Tensor, clip: float = 1.0) -> Tensor:
     return signs
 
 
+class _ScaledSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip, ctx.scale_shape = clip, scale.shape
+        return _sign(x) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (x.abs() <= ctx.clip), (grads[0] * _sign(x)).sum_to_size(ctx.scale_shape), None
+
+
+def scaled_sign(x: Tensor, scale: Tensor, clip: float = 1.0) -> Tensor:
+    """Binarize to -scale or +scale; the value carries the scale, the straight-through gradient does not.
+
+    Forward:  q(x) = scale if x >= 0 else -scale
+    Backward: dq/dx = 1 if abs(x) <= clip else 0; dq/dscale = sign(x)
+
+    Args:
+        x: values, any shape.
+        scale: positive, broadcasts against ``x``; detach it where the method does.
+        clip: half the width of the window that lets gradients pass; ``inf`` is the identity.
+
+    >>> x = torch.tensor([-2.0, 0.0, 0.5], requires_grad=True)
+    >>> q = scaled_sign(x, torch.tensor(0.25))
+    >>> q.sum().backward()
+    >>> q.tolist(), x.grad.tolist()
+    ([-0.25, 0.25, 0.25], [0.0, 1.0, 1.0])
+    """
+    values: Tensor = _ScaledSign.apply(x, scale, clip)
+    return values
+
+
 class _SignPolynomial(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Codes, Quantizer, QuantSpec, check_bits
-from .rounding import SMALLEST_STEP, sign_polynomial, sign_ste
+from .rounding import SMALLEST_STEP, scaled_sign, sign_polynomial, sign_ste
 
 
 class _Binary(Quantizer):
@@ -133,19 +133,7 @@ class BiRealWeight(_Binary):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the class."""
-        signs = sign_ste(x)
-        # The value carries the scale, the gradient does not.
-        return _Rescaled.apply(signs, self._scale(x))  # type: ignore[no-any-return]
-
-
-class _Rescaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        return scaled_sign(x, self._scale(x))
 
 
 class BiRealActivation(_Binary):
