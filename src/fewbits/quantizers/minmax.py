@@ -47,10 +47,10 @@ class MinMax(Quantizer):
         return "float"
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lowest, highest = x.amin(), x.amax()
         if self.spec.role == "activation" and dist.is_available() and dist.is_initialized():
-            lowest = _everywhere(lowest, dist.ReduceOp.MIN)
-            highest = _everywhere(highest, dist.ReduceOp.MAX)
+            lowest, highest = _ExtremesEverywhere.apply(x)
+        else:
+            lowest, highest = x.amin(), x.amax()
         step = (highest - lowest) / self.num_steps
         # A constant tensor has no range; any step reproduces it exactly, for all codes are zero.
         return torch.where(step > SMALLEST_STEP, step, 1.0), lowest
@@ -68,8 +68,25 @@ class MinMax(Quantizer):
         return Codes(codes.to(torch.int32), step, lowest, 0, self.num_steps)
 
 
-def _everywhere(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """The extreme over all processes; the gradient goes to the process that holds it."""
-    reduced = value.detach().clone()
-    dist.all_reduce(reduced, op)
-    return torch.where(value == reduced, value, reduced)
+class _ExtremesEverywhere(torch.autograd.Function):
+    """Smallest and largest value over all processes.
+
+    Their gradients are summed over the processes, and elements that tie share them evenly wherever they are, as amin
+    and amax do in one process: zero ties a thousand times behind a ReLU.
+    """
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> tuple[Tensor, Tensor]:
+        ends = torch.stack([-x.amin(), x.amax()])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        lowest, highest = -ends[0], ends[1].clone()
+        ctx.save_for_backward(x, lowest, highest)  # type: ignore[attr-defined]
+        return lowest, highest
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        x, lowest, highest = ctx.saved_tensors  # type: ignore[attr-defined]
+        at_lowest, at_highest = x == lowest, x == highest
+        sums = torch.stack([*grads, at_lowest.sum(), at_highest.sum()])
+        dist.all_reduce(sums)
+        return at_lowest * (sums[0] / sums[2]) + at_highest * (sums[1] / sums[3])
