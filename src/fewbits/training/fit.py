@@ -1,0 +1,156 @@
+"""``fit``: train a student by a recipe, in memory or in a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..convert import plan_of
+from ..data import Dataset, Normalisation
+from ..recipes import Recipe
+from .checkpoint import save_tensors
+from .folder import STUDENT, STUDENT_EMA, RunFolder
+from .loop import Loop
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training gave.
+
+    Args:
+        student: the trained network, in eval mode.
+        teacher: the teacher after its own phases, or None.
+        accuracy: of the last step on the test split, 0 to 1: the headline.
+        best_accuracy: of the best evaluation: only for comparison with tables that select on the test set.
+        ema: the averaged student, if asked for.
+        ema_accuracy: its accuracy.
+        skipped_steps: steps with a non-finite loss or gradient.
+        seconds: of training.
+        normalisation: that the student's input needs.
+        folder: of the run, if there is one.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    accuracy: float
+    best_accuracy: float
+    ema: nn.Module | None
+    ema_accuracy: float | None
+    skipped_steps: int
+    seconds: float
+    normalisation: Normalisation
+    folder: Path | None
+
+
+def fit(
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    *,
+    recipe: Recipe,
+    data: Dataset,
+    settings: Settings | None = None,
+    normalisation: Normalisation | None = None,
+    output: Path | str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    description: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Result:
+    """Train ``student`` in place, taught by ``teacher``.
+
+    Args:
+        student: from ``quantize``; for recipe float the float network itself.
+        teacher: the float network, for recipes that need one.
+        recipe: for example ``fewbits.recipes.QFD()``.
+        data: train and test split.
+        settings: see ``Settings``; single fields may be given as keywords instead (``epochs=3, lr=0.05``).
+        normalisation: of the pixels; by default the data set's own. A pretrained network needs the one it was trained
+            with.
+        output: folder for checkpoints, metrics and the student; None keeps nothing.
+        resume: whether to continue the run in ``output``; without one there, it starts afresh.
+        progress: whether to show a progress bar.
+        description: more entries for ``run.json``.
+
+    Raises:
+        ValueError: arguments that do not fit together; each message says which and what to do.
+        TrainingError: the loss stayed non-finite.
+        OSError: a checkpoint could not be written; the previous one is whole.
+    """
+    settings = dataclasses.replace(settings or Settings(), **overrides)
+    normalisation = normalisation or data.normalisation
+    _check_outputs(student, data)
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True)
+    folder = None
+    if output is not None:
+        folder = RunFolder(
+            Path(output), describe(student, recipe, data, settings, normalisation) | dict(description or {}), resume=resume
+        )
+    loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress)
+    outcome = loop.run()
+    outcome.networks.eval()
+    if folder is not None and loop._is_main:
+        if outcome.ema is not None:
+            save_tensors(folder.path / STUDENT_EMA, outcome.ema.state_dict())
+        save_tensors(folder.path / STUDENT, outcome.networks.student.state_dict())
+    return Result(
+        student=outcome.networks.student,
+        teacher=outcome.networks.teacher,
+        accuracy=outcome.accuracy,
+        best_accuracy=outcome.best_accuracy,
+        ema=outcome.ema,
+        ema_accuracy=outcome.ema_accuracy,
+        skipped_steps=outcome.skipped_steps,
+        seconds=outcome.seconds,
+        normalisation=normalisation,
+        folder=folder.path if folder else None,
+    )
+
+
+def describe(
+    student: nn.Module, recipe: Recipe, data: Dataset, settings: Settings, normalisation: Normalisation
+) -> dict[str, Any]:
+    """Everything that makes a run, for ``run.json``."""
+    return {
+        "format": 1,
+        "network": type(student).__name__,
+        "plan": plan_of(student),
+        "recipe": recipe,
+        "settings": settings,
+        "data": {
+            "name": data.name,
+            "num_train": data.train.num_samples,
+            "num_test": data.test.num_samples,
+            "classes": data.classes,
+            "channels": data.channels,
+            "image_size": data.image_size,
+            "augment": data.augment,
+        },
+        "normalisation": normalisation,
+        "torch_threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "versions": {
+            "fewbits": version("fewbits"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _check_outputs(student: nn.Module, data: Dataset) -> None:
+    """A classifier with another number of outputs than classes is found before anything is read or written."""
+    layers = [m for m in student.modules() if isinstance(m, nn.Linear)]
+    if layers and layers[-1].out_features < data.num_classes:
+        raise ValueError(
+            f"the student's last linear layer has {layers[-1].out_features} outputs, but {data.name} has "
+            f"{data.num_classes} classes; build it with num_classes={data.num_classes}"
+        )

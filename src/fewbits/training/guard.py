@@ -1,0 +1,62 @@
+"""Steps that went wrong: skipped, counted, undone, and the end of the run when they persist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class StepGuard:
+    """Keeps a non-finite step from leaving traces.
+
+    A NaN in a batch reaches the running averages of batch norm in the forward pass, before any loss is looked at: they
+    are remembered before each step and put back.
+
+    Args:
+        networks: whose buffers are watched.
+        max_bad_steps: bad steps in a row that end the run.
+    """
+
+    def __init__(self, networks: nn.Module, max_bad_steps: int) -> None:
+        buffers = [b for b in networks.buffers() if b.is_floating_point()]
+        self._buffers = buffers
+        self._kept = [b.detach().clone() for b in buffers]
+        self._max = max_bad_steps
+        self.in_a_row = 0
+        self.skipped = 0
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before a step."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def accept(self, loss: Tensor, grad_norm: Tensor, where: str) -> bool:
+        """Whether the step may be taken; a bad one is undone.
+
+        Args:
+            loss: of the step, over all processes.
+            grad_norm: of all trained parameters.
+            where: epoch and step, for messages.
+
+        Raises:
+            TrainingError: too many bad steps in a row.
+        """
+        if bool(torch.isfinite(loss.detach().float()) & torch.isfinite(grad_norm.detach().float())):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.skipped += 1
+        if self._buffers:
+            with torch.no_grad():
+                torch._foreach_copy_(self._buffers, self._kept)
+        if self.in_a_row >= self._max:
+            raise TrainingError(
+                f"{self.in_a_row} steps in a row had a non-finite loss ({float(loss):.4g}) or gradient "
+                f"({float(grad_norm):.4g}), the last at {where}; look for NaN in the data, or lower --lr or set clip_grad"
+            )
+        return False

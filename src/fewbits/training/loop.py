@@ -1,0 +1,443 @@
+"""The only training loop, on Accelerate: phases of a recipe, steps, evaluations, checkpoints.
+
+Everything that a step depends on is a function of the settings and of the step's number: data order, augmentation,
+learning rate, precision, the seed of dropout. So a resumed run takes the steps that an uninterrupted one would have
+taken, bit for bit, once networks and optimizer are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from ..data import Dataset, Normalisation
+from ..distill import Losses, Networks, Objective, Phase
+from ..precision import is_fully_quantized
+from ..recipes import Recipe
+from .checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_networks,
+    load_optimizer_state,
+    optimizer_state,
+    save_checkpoint,
+)
+from .display import Display
+from .ema import MovingAverage
+from .evaluate import count_correct, reestimate_batch_norm
+from .folder import RunFolder
+from .guard import StepGuard
+from .schedules import lr_factor, phase_steps
+from .settings import Settings
+
+EVALUATION_BATCH = 500
+CALIBRATION_BATCHES = 2
+LOG_EVERY = 50
+"""Steps between records of the loss."""
+
+
+@dataclass
+class Outcome:
+    """What a loop leaves behind.
+
+    Args:
+        networks: student, teacher and helpers after the last step.
+        accuracy: of the student on the test split after the last step, batch norm re-estimated; 0 to 1.
+        best_accuracy: of all evaluations of the student.
+        ema: the averaged student, if one was asked for, and its accuracy.
+        skipped_steps: steps with a non-finite loss or gradient.
+        seconds: of training, over all sittings.
+    """
+
+    networks: Networks
+    accuracy: float
+    best_accuracy: float
+    ema: nn.Module | None
+    ema_accuracy: float | None
+    skipped_steps: int
+    seconds: float
+
+
+@dataclass
+class _Position:
+    """Where the run stands; saved with every checkpoint."""
+
+    phase: int = 0
+    step: int = 0  # of the phase
+    total_step: int = 0  # of the run
+    seconds: float = 0.0
+    best_accuracy: float = 0.0
+    bad_in_a_row: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Loop:
+    """One run from its first step to its last.
+
+    Args:
+        student: trained in place.
+        teacher: the float network, or None.
+        recipe: the phases.
+        data: train and test split.
+        normalisation: of the pixels.
+        settings: everything else.
+        folder: where checkpoints and metrics go; None keeps nothing.
+        shown: whether to show progress.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    recipe: Recipe
+    data: Dataset
+    normalisation: Normalisation
+    settings: Settings
+    folder: RunFolder | None = None
+    shown: bool = True
+    _position: _Position = field(default_factory=_Position)
+    _ema: MovingAverage | None = None
+    _started: float = 0.0
+    _saved: float = 0.0
+
+    def run(self) -> Outcome:
+        """Train to the end, from the folder's checkpoint if it holds one."""
+        settings = self.settings
+        self._accelerator = make_accelerator(settings)
+        self._device = self._accelerator.device
+        self._is_main = self._accelerator.is_main_process
+        self._steps_per_epoch = steps_per_epoch(self.data, settings)
+        num_steps = max(1, round(settings.epochs * self._steps_per_epoch))
+        phases = self.recipe.phases()
+        self._phase_steps = phase_steps(tuple(p.share for p in phases), num_steps)
+        self.student.to(self._device)
+        if settings.channels_last:
+            self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        checkpoint = load_checkpoint(self.folder.checkpoint) if self.folder else None
+        if checkpoint is not None:
+            self._position = _Position(**checkpoint.values["position"])
+        if self.folder is not None and self._is_main:
+            self.folder.forget_after(self._position.total_step)
+        networks = self._networks_before(checkpoint)
+        self._display = Display(
+            self.recipe.name, num_steps, self._position.total_step, self.shown and self._is_main
+        )
+        with self._display, self._tensorboard() as self._events:
+            self._started = self._saved = time.monotonic()
+            for index in range(self._position.phase, len(phases)):
+                networks = self._run_phase(index, networks, checkpoint)
+                checkpoint = None
+            assert networks is not None
+            return self._finish(networks)
+
+    def _networks_before(self, checkpoint: Checkpoint | None) -> Networks | None:
+        """Replay the structure of the phases that a checkpoint has behind it; None at the very start."""
+        if checkpoint is None:
+            return None
+        example = next(self._calibration_batches())[:2]
+        networks: Networks | None = None
+        for index in range(self._position.phase + 1):
+            networks = self.recipe.begin(self.student, self.teacher, example=example, phase=index, networks=networks)
+        return networks
+
+    def _run_phase(self, index: int, networks: Networks | None, checkpoint: Checkpoint | None) -> Networks:
+        phase, settings = self.recipe.phases()[index], self.settings
+        if checkpoint is None:
+            self._position.phase, self._position.step = index, 0
+            objective = self.recipe.objective(
+                self.student, self.teacher, batches=self._calibration_batches(), phase=index, networks=networks
+            )
+        else:
+            assert networks is not None
+            objective = Objective(networks, phase)
+            load_networks(networks, checkpoint.part("networks"))
+        networks = objective.networks
+        optimizer = make_optimizer(objective, settings)
+        guard = StepGuard(networks, settings.max_bad_steps)
+        if settings.ema is not None and index == len(self._phase_steps) - 1:
+            self._ema = MovingAverage(networks.student, settings.ema)
+        if checkpoint is not None:
+            load_optimizer_state(optimizer, checkpoint.part("optimizer"), checkpoint.values["optimizer"])
+            guard.in_a_row, guard.skipped = self._position.bad_in_a_row, self._position.skipped
+            if self._ema is not None:
+                self._ema.averages = {n: t.to(self._device) for n, t in checkpoint.part("ema").items()}
+        else:
+            guard.skipped = self._position.skipped
+        self._train_phase(objective, phase, optimizer, guard)
+        objective.close()
+        return networks
+
+    def _train_phase(
+        self, objective: Objective, phase: Phase, optimizer: torch.optim.Optimizer, guard: StepGuard
+    ) -> None:
+        settings, position = self.settings, self._position
+        num_steps = self._phase_steps[position.phase]
+        peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        model = self._prepared(objective)
+        batches = self._batches(position.total_step)
+        ticks = time.monotonic()
+        while position.step < num_steps:
+            factor = lr_factor(position.step, num_steps, settings)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            objective.set_progress(position.step / num_steps, position.total_step)
+            torch.manual_seed(_step_seed(settings.seed, position.total_step, self._accelerator.process_index))
+            guard.remember()
+            images, labels = next(batches)
+            losses, loss = self._backward(model, images, labels)
+            norm = self._accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
+            epoch = position.total_step // self._steps_per_epoch
+            if guard.accept(loss, cast(Tensor, norm), f"epoch {epoch}, step {position.total_step}"):
+                optimizer.step()
+                if self._ema is not None:
+                    self._ema.update(objective.networks.student)
+            else:
+                self._display.say(f"step {position.total_step} skipped: its loss or gradient is not finite")
+            optimizer.zero_grad()
+            position.step += 1
+            position.total_step += 1
+            position.bad_in_a_row, position.skipped = guard.in_a_row, guard.skipped
+            now = time.monotonic()
+            self._display.step(phase.name, float(loss), settings.batch_size / max(now - ticks, 1e-9))
+            ticks = now
+            self._after_step(objective, phase, optimizer, losses, loss, position.step == num_steps, factor)
+            ticks += time.monotonic() - now
+
+    def _backward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Losses, Tensor]:
+        """Gradients of one optimizer step, in micro-batches; returns the last losses and the step's mean loss."""
+        parts = self.settings.accumulate
+        loss = torch.zeros((), device=self._device)
+        for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            last = part == parts - 1
+            hold = contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+            with hold:
+                with self._accelerator.autocast():
+                    losses = model(x, y)
+                self._accelerator.backward(losses.total / parts)
+            loss += losses.total.detach().float() / parts
+        return losses, cast(Tensor, self._accelerator.reduce(loss, reduction="mean"))
+
+    def _after_step(
+        self,
+        objective: Objective,
+        phase: Phase,
+        optimizer: torch.optim.Optimizer,
+        losses: Losses,
+        loss: Tensor,
+        is_last: bool,
+        factor: float,
+    ) -> None:
+        """Records, evaluation and checkpoint, where it is time for them."""
+        settings, position = self.settings, self._position
+        ends_epoch = position.total_step % self._steps_per_epoch == 0
+        if position.step == 1 or position.total_step % LOG_EVERY == 0:
+            terms = {f"loss/{name}": float(value) for name, value in losses.terms.items()}
+            self._record("train", phase.name, {"loss": float(loss), "lr": settings.lr * factor, **terms})
+        epoch = position.total_step // self._steps_per_epoch
+        if is_last or (ends_epoch and epoch % settings.evaluate_every == 0):
+            reached = self._evaluate(objective.taught)
+            if objective.taught is objective.networks.student:
+                position.best_accuracy = max(position.best_accuracy, reached)
+            self._record("evaluation", phase.name, {"accuracy": reached})
+            self._display.say(
+                f"{phase.name}, epoch {position.total_step / self._steps_per_epoch:.2f}: "
+                f"accuracy {100 * reached:.2f} %, loss {float(loss):.3f}"
+            )
+        if ends_epoch or is_last or time.monotonic() - self._saved >= settings.checkpoint_seconds:
+            self._save(objective.networks, optimizer)
+
+    def _evaluate(self, model: nn.Module) -> float:
+        """Accuracy on the test split, shared out over the processes."""
+        batches = self.data.test.batches(
+            batch_size=EVALUATION_BATCH,
+            normalisation=self.normalisation,
+            rank=self._accelerator.process_index,
+            num_ranks=self._accelerator.num_processes,
+        )
+        counts = torch.tensor(count_correct(model, batches), device=self._device, dtype=torch.float64)
+        correct, total = cast(Tensor, self._accelerator.reduce(counts, reduction="sum")).tolist()
+        return float(correct / total)
+
+    def _save(self, networks: Networks, optimizer: torch.optim.Optimizer) -> None:
+        self._saved = time.monotonic()
+        if self.folder is None:
+            return
+        if self._is_main:
+            self._tick()
+            tensors, values = optimizer_state(optimizer)
+            checkpoint = Checkpoint(values={"position": vars(self._position), "optimizer": values})
+            checkpoint.add("networks", networks.state_dict())
+            checkpoint.add("optimizer", tensors)
+            if self._ema is not None:
+                checkpoint.add("ema", self._ema.averages)
+            save_checkpoint(self.folder.checkpoint, checkpoint)
+        self._accelerator.wait_for_everyone()
+
+    def _finish(self, networks: Networks) -> Outcome:
+        """Batch norm for the final weights, the last evaluation."""
+        self._tick()
+        student = networks.student
+        ema = self._ema.network(student) if self._ema is not None else None
+        ema_accuracy = None
+        if self.settings.bn_batches and is_fully_quantized(student):
+            reestimate_batch_norm(student, self._plain_batches(self.settings.bn_batches))
+        if ema is not None:
+            reestimate_batch_norm(ema, self._plain_batches(max(self.settings.bn_batches, 1)))
+            ema_accuracy = self._evaluate(ema)
+        reached = self._evaluate(student)
+        position = self._position
+        position.best_accuracy = max(position.best_accuracy, reached)
+        self._display.say(f"finished: accuracy {100 * reached:.2f} %, best {100 * position.best_accuracy:.2f} %")
+        end = {
+            "accuracy": reached,
+            "best_accuracy": position.best_accuracy,
+            "skipped_steps": position.skipped,
+            "seconds": position.seconds,
+        }
+        self._record("end", "student", end | ({"ema_accuracy": ema_accuracy} if ema is not None else {}))
+        return Outcome(
+            networks, reached, position.best_accuracy, ema, ema_accuracy, position.skipped, position.seconds
+        )
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._position.seconds += now - self._started
+        self._started = now
+
+    def _record(self, event: str, phase: str, values: dict[str, Any]) -> None:
+        if self.folder is None or not self._is_main:
+            return
+        step = self._position.total_step
+        epoch = step / self._steps_per_epoch
+        self.folder.record({"event": event, "phase": phase, "step": step, "epoch": epoch, **values})
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{phase}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        if self.folder is None or not self._is_main or not self.settings.tensorboard:
+            yield None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self._position.total_step)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    def _prepared(self, objective: Objective) -> nn.Module:
+        model: nn.Module = objective
+        if self.settings.compile:
+            # Progressive precision compiles once per width; the default limit of 8 is for other uses.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+            model = cast(nn.Module, torch.compile(objective, fullgraph=True))
+        if self._accelerator.num_processes > 1:
+            model = cast(nn.Module, self._accelerator.prepare(model))
+        return model
+
+    def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches of this process from ``step`` on, without end."""
+        settings = self.settings
+        while True:
+            epoch, start = divmod(step, self._steps_per_epoch)
+            for images, labels in self.data.train.batches(
+                batch_size=settings.batch_size,
+                normalisation=self.normalisation,
+                augment=self.data.augment,
+                shuffle=True,
+                seed=settings.seed,
+                epoch=epoch,
+                start_batch=start,
+                rank=self._accelerator.process_index,
+                num_ranks=self._accelerator.num_processes,
+                drop_last=True,
+            ):
+                step += 1
+                yield self._to_device(images), labels.to(self._device)
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
+        return images.to(self._device, non_blocking=True).contiguous(memory_format=layout)
+
+    def _plain_batches(self, num: int) -> Iterator[Tensor]:
+        """Training images, the same in every process, from beyond the epochs that were trained on."""
+        batches = self.data.train.batches(
+            batch_size=min(self.settings.batch_size, self.data.train.num_samples),
+            normalisation=self.normalisation,
+            augment=self.data.augment,
+            shuffle=True,
+            seed=self.settings.seed,
+            epoch=math.ceil(self.settings.epochs),
+            drop_last=True,
+        )
+        for _, (images, _labels) in zip(range(num), batches, strict=False):
+            yield self._to_device(images)
+
+    def _calibration_batches(self) -> Iterator[Tensor]:
+        return self._plain_batches(CALIBRATION_BATCHES)
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """Accelerate's view of the processes and the device.
+
+    Raises:
+        ValueError: fewer processes than asked for take part, or there is no such device.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but PyTorch finds no GPU; use --device auto or cpu")
+    # Accelerate keeps its settings for the whole process; a second run in it may have others.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu", mixed_precision="bf16" if settings.precision == "bf16" else "no"
+    )
+    if settings.processes is not None and accelerator.num_processes != settings.processes:
+        raise ValueError(
+            f"processes={settings.processes} were asked for, but {accelerator.num_processes} take part; start with "
+            f"'torchrun --nproc-per-node {settings.processes} -m fewbits ...' ('accelerate launch --cpu' starts only one)"
+        )
+    share = settings.batch_size / accelerator.num_processes / settings.accumulate
+    if share != int(share):
+        raise ValueError(
+            f"batch_size must be a multiple of processes x accumulate, got {settings.batch_size}, "
+            f"{accelerator.num_processes} and {settings.accumulate}"
+        )
+    return accelerator
+
+
+def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW, over all that the objective trains."""
+    groups = objective.param_groups(settings.lr, settings.weight_decay, settings.helper_lr)
+    for group in groups:
+        if "quantizer" in group["name"]:
+            group["lr"] *= settings.quantizer_lr
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+
+
+def steps_per_epoch(data: Dataset, settings: Settings) -> int:
+    """Whole batches in the training split.
+
+    Raises:
+        ValueError: there is not even one.
+    """
+    steps = data.train.num_samples // settings.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, but {data.name} has {data.train.num_samples} training images; lower it"
+        )
+    return steps
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step * 1_009 + rank) % 2**63
