@@ -45,16 +45,18 @@ def best_step(x_GN: Tensor, low: int, high: int) -> Tensor:
     """
     largest_G1 = x_GN.abs().amax(1, keepdim=True)
     reach = max(high, -low)
+    # Squares of values above 1e19 overflow: the search runs on values up to 1.
+    unit_GN = x_GN / torch.where(largest_G1 > 0, largest_G1, 1.0)
     best_G1 = torch.full_like(largest_G1, torch.inf)
     step_G1 = torch.ones_like(largest_G1)
     for fraction in fractions(x_GN):
         # Ranges are tried over the larger side: 2-bit weights have two levels below zero and one above it.
         for side in {high, reach}:
-            candidate = (largest_G1 * fraction / side).clamp(min=SMALLEST_STEP)
-            error = (to_codes(x_GN, candidate, low, high) * candidate - x_GN).square().mean(1, keepdim=True)
+            candidate = fraction / side
+            error = (to_codes(unit_GN, candidate, low, high) * candidate - unit_GN).square().mean(1, keepdim=True)
             better = (error < best_G1) & (largest_G1 > 0)
             best_G1 = torch.where(better, error, best_G1)
-            step_G1 = torch.where(better, candidate, step_G1)
+            step_G1 = torch.where(better, (candidate * largest_G1).clamp(min=SMALLEST_STEP), step_G1)
     return step_G1[:, 0]
 
 
@@ -70,14 +72,19 @@ def best_affine(x: Tensor, num_steps: int) -> tuple[Tensor, int]:
     least, most = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     if most - least <= 0:
         return torch.tensor(1.0), 0
+    size = max(-least, most)
+    x, least, most = x / size, least / size, most / size
     best, result = float("inf"), (torch.tensor(1.0), 0)
     for fraction in fractions(x).tolist():
-        step = torch.tensor(max((most - least) * fraction / num_steps, SMALLEST_STEP))
-        zero_point = min(max(round(-least * fraction / float(step)), 0), num_steps)
-        codes = to_codes(x, step.to(x.device), -zero_point, num_steps - zero_point)
-        error = float((codes * step.to(x.device) - x).square().mean())
-        if error < best:
-            best, result = error, (step, zero_point)
+        step = torch.tensor((most - least) * fraction / num_steps)
+        # The range shrinks at both ends, give or take a level, or at the upper one alone: behind a SiLU at 4 bits the
+        # first of these by itself has 1.2 to 1.4 times the error of the best grid.
+        both, upper = round(-least * fraction / float(step)), round(-least / float(step))
+        for zero_point in sorted({min(max(zero, 0), num_steps) for zero in (both - 1, both, both + 1, upper)}):
+            codes = to_codes(x, step.to(x.device), -zero_point, num_steps - zero_point)
+            error = float((codes * step.to(x.device) - x).square().mean())
+            if error < best:
+                best, result = error, ((step * size).clamp(min=SMALLEST_STEP), zero_point)
     return result
 
 
@@ -89,12 +96,12 @@ def best_range(x: Tensor, lowest: float, num_steps: int, symmetric: bool) -> flo
     most = float(x.abs().max()) if symmetric else float(x.max()) - lowest
     if most <= 0:
         return 1.0 if symmetric else lowest + 1.0
+    unit = x / most if symmetric else (x - lowest) / most
     best, result = float("inf"), 1.0
     for fraction in fractions(x).tolist():
-        width = max(most * fraction * (2 if symmetric else 1), SMALLEST_STEP * num_steps)
-        bottom = -width / 2 if symmetric else lowest
-        step = torch.tensor(width / num_steps, device=x.device)
-        error = float((to_codes(x - bottom, step, 0, num_steps) * step + bottom - x).square().mean())
+        bottom = -fraction if symmetric else 0.0
+        step = torch.tensor((fraction - bottom) / num_steps, device=x.device)
+        error = float((to_codes(unit - bottom, step, 0, num_steps) * step + bottom - unit).square().mean())
         if error < best:
-            best, result = error, bottom + width
-    return result
+            best, result = error, max(fraction * most, SMALLEST_STEP * num_steps)
+    return result if symmetric else lowest + result
