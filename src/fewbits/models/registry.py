@@ -65,6 +65,8 @@ def build(name: str, *, num_classes: int, channels: int = 3, image_size: int | N
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if channels < 1:
         raise ValueError(f"channels must be at least 1, got {channels}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     if name.startswith(PREFIX):
         return build_timm(name.removeprefix(PREFIX), num_classes=num_classes, channels=channels, image_size=image_size)
     check_name(name)
