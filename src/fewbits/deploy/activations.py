@@ -1,0 +1,161 @@
+"""Activation markers -> QuantizeLinear, integer Clip, DequantizeLinear on the trained grid.
+
+Codes are UINT8 (signed ones run about as slow as float on x86): code + zero point. Below 8 bits an integer Clip ends them at
+``2**b - 1``. A ReLU or ReLU6 in front of a quantizer becomes part of that Clip: rounding is monotone, so
+``code(clip(x, l, h)) = clip(code(x), code(l), code(h))`` exactly, and nothing stands between a convolution and its
+QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..quantizers import Quantizer
+from ..quantizers.ewgs import EWGSActivation
+from ..quantizers.minmax import MinMax
+from ..quantizers.rounding import SMALLEST_STEP, positive
+from ..quantizers.sign import BiRealActivation, ReActActivation, Sign, XNORActivation
+from .builder import Builder, array_of, producer
+
+GRID = "fewbits.grid"
+"""Key in a value's ``meta``: the ``Grid`` that its numbers are on."""
+
+_SIGNS = (Sign, XNORActivation, BiRealActivation, ReActActivation)
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a dequantized activation lies: ``(code - zero_point) * scale``, codes from ``lowest`` to ``highest``."""
+
+    scale: float
+    zero_point: int
+    lowest: int
+    highest: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where PyTorch and the engine can be compared.
+
+    Args:
+        quantizer: qualified name.
+        call: which run of a quantizer that runs several times.
+        value: uint8 codes, or for a dynamic grid the float values.
+        zero_point: what the exported codes add to the trained ones; None where ``value`` is float.
+    """
+
+    quantizer: str
+    call: int
+    value: ir.Value
+    zero_point: int | None
+
+
+def lower(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, ir.Value, int | None]:
+    """The operators that do what ``quantizer`` does to ``x``.
+
+    Returns:
+        The dequantized value; the value to compare, and its zero point (see ``Cut``).
+    """
+    if isinstance(quantizer, MinMax):
+        value = _dynamic(builder, x, quantizer)
+        return value, value, None
+    if isinstance(quantizer, _SIGNS):
+        codes, scale, grid = _signs(builder, x, quantizer)
+        return dequantize(builder, codes, builder.constant(scale, np.float32), grid), codes, grid.zero_point
+    return _uniform(builder, x, quantizer)
+
+
+def dequantize(builder: Builder, codes: ir.Value, scale: ir.Value, grid: Grid) -> ir.Value:
+    """DequantizeLinear of uint8 codes; the result knows its grid."""
+    value = builder.node("DequantizeLinear", codes, scale, builder.constant(grid.zero_point, np.uint8))
+    value.meta[GRID] = grid
+    return value
+
+
+def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, ir.Value, int | None]:
+    zero = quantizer.encode(torch.zeros(()))
+    zero_point, scale = -zero.low, zero.scale.float().numpy()
+    lowest, highest = 0, zero.high - zero.low
+    step, lower_end = scale, 0.0
+    if isinstance(quantizer, EWGSActivation):
+        lower_end = float(quantizer.lower)
+        step = (positive(quantizer.upper - quantizer.lower) / quantizer.num_steps).detach().numpy()
+    views: list[ir.Node] = []
+    while (node := producer(x, "Relu", "Clip", *_VIEWS)) is not None and only_reader_of(x):
+        if node.op_type in _VIEWS:
+            # Rounding commutes with a view; the view then moves bytes, and what is in front meets its quantizer.
+            views.append(node)
+        else:
+            bounds = _bounds(node)
+            if bounds is None:
+                break
+            codes = quantizer.encode(torch.tensor(bounds)).integers + zero_point
+            first, last = (min(max(int(c), lowest), highest) for c in codes)
+            lowest, highest = first, last
+        assert node.inputs[0] is not None
+        x = node.inputs[0]
+    behind_codes = producer(x, "DequantizeLinear") is not None
+    if lower_end != 0.0:
+        x = builder.node("Sub", x, builder.constant(lower_end, np.float32))
+    codes_value = builder.node(
+        "QuantizeLinear", x, builder.constant(step, np.float32), builder.constant(zero_point, np.uint8)
+    )
+    # ONNX Runtime merges Q-DQ-Q-DQ into one pair on another grid; a Clip in between keeps both grids.
+    if (lowest, highest) != (0, 255) or behind_codes:
+        codes_value = builder.node(
+            "Clip", codes_value, builder.constant(lowest, np.uint8), builder.constant(highest, np.uint8)
+        )
+    compared = codes_value
+    for node in reversed(views):
+        codes_value = builder.copy(node.op_type, (codes_value, *node.inputs[1:]), node.attributes)
+    grid = Grid(float(scale), zero_point, lowest, highest)
+    return dequantize(builder, codes_value, builder.constant(scale, np.float32), grid), compared, zero_point
+
+
+def only_reader_of(value: ir.Value) -> bool:
+    """Whether exactly one node reads ``value``."""
+    return not value.is_graph_output() and len(value.uses()) == 1
+
+
+def _bounds(node: ir.Node) -> tuple[float, float] | None:
+    """What a rectifier clips to; None where the bounds are computed."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    bounds = [-float("inf"), float("inf")]
+    for index, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            number = array_of(value)
+            if number is None:
+                return None
+            bounds[index] = float(number)
+    return bounds[0], bounds[1]
+
+
+def _signs(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, float, Grid]:
+    """Codes 0 and 2 with zero point 1: -1 and +1, and zero padding stays zero. sign(0) is +1."""
+    if isinstance(quantizer, ReActActivation):
+        rank = len(x.shape) if x.shape is not None else 4
+        shape = [1] * rank
+        shape[quantizer.channel_dim] = -1
+        x = builder.node("Add", x, builder.constant(quantizer.shift.detach().numpy().reshape(shape), np.float32))
+    above = builder.node("GreaterOrEqual", x, builder.constant(0.0, np.float32))
+    codes = builder.node("Where", above, builder.constant(2, np.uint8), builder.constant(0, np.uint8))
+    return codes, 1.0, Grid(1.0, 1, 0, 2)
+
+
+def _dynamic(builder: Builder, x: ir.Value, quantizer: MinMax) -> ir.Value:
+    """DTQ's ranges change with every batch: float operators, step by step as ``MinMax`` computes them."""
+    steps = builder.constant(quantizer.num_steps, np.float32)
+    zero, one = builder.constant(0.0, np.float32), builder.constant(1.0, np.float32)
+    lowest = builder.node("ReduceMin", x, keepdims=0)
+    highest = builder.node("ReduceMax", x, keepdims=0)
+    step = builder.node("Div", builder.node("Sub", highest, lowest), steps)
+    step = builder.node("Where", builder.node("Greater", step, builder.constant(SMALLEST_STEP, np.float32)), step, one)
+    codes = builder.node("Round", builder.node("Div", builder.node("Sub", x, lowest), step))
+    codes = builder.node("Clip", codes, zero, steps)
+    return builder.node("Add", builder.node("Mul", codes, step), lowest)

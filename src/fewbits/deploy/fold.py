@@ -1,0 +1,195 @@
+"""Quantized convolutions and linear layers: packed weights, batch norm and bias folded into scales and an int32 bias."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from . import integer_bias
+from .activations import GRID, Grid
+from .builder import Builder, array_of, only_reader, producer, replace
+from .weights import Floats, WeightGrid, decoded, unpacked
+
+
+Attributes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer's arithmetic is in the graph.
+
+    Args:
+        layer: qualified name.
+        weight: the int8 weights (float for grids that integers cannot serve).
+        reason: why no integer kernel can serve it; empty if one can.
+    """
+
+    layer: str
+    weight: ir.Value
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """What follows a convolution, channel by channel: ``y * factor + shift``."""
+
+    factor: Floats
+    shift: Floats
+    end: ir.Value
+
+
+def lower_convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
+    """Replace ``conv`` and the batch norm behind it."""
+    x, bias = conv.inputs[0], array_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    assert x is not None
+    if grid.offset is not None:
+        weight = decoded(builder, grid)
+        conv.replace_input_with(1, weight)
+        return Site(layer, weight, _float_grid(grid))
+    num_channels = len(grid.unsigned)
+    affine = _behind(conv.outputs[0], np.zeros(num_channels) if bias is None else bias.astype(np.float64))
+    kind = _kind(x, affine.end)
+    made = _integer(builder, x, grid, affine, conv.attributes) if kind == "" else None
+    if made is None:
+        made = _float(builder, x, grid, affine, conv.attributes)
+        kind = kind or "the bias does not fit into int32 beside such small scales"
+    value, weight = made
+    replace(affine.end, value)
+    return Site(layer, weight, kind)
+
+
+def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) -> Site:
+    """Replace a Gemm, or the MatMul with a transposed weight that a linear layer on tokens becomes."""
+    x = node.inputs[0]
+    assert x is not None
+    bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    reason = _float_grid(grid) if grid.offset is not None else "" if GRID in x.meta else "its input is not quantized"
+    if reason:
+        weight = decoded(builder, grid)
+        product = builder.node("MatMul", x, builder.node("Transpose", weight, perm=[1, 0]))
+    elif node.op_type == "Gemm":
+        shift = np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64)
+        made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None)
+        if made is None:
+            raise ValueError(f"layer {layer}: a bias of {abs(shift).max():.3g} does not fit into int32 beside its scales")
+        product, weight = made
+        bias = None
+    else:
+        # On tokens: multiplied in integers and scaled to float; the bias stays exact in float.
+        weight = unpacked(builder, grid, transposed=True)
+        scale = grid.scale[0] if grid.scale.size == 1 else grid.scale
+        axis = {} if grid.scale.size == 1 else {"axis": 1}
+        product = builder.node("MatMul", x, builder.node("DequantizeLinear", weight, builder.constant(scale, np.float32), **axis))
+    if bias is not None:
+        product = builder.node("Add", product, builder.constant(bias, np.float32))
+    replace(node.outputs[0], product)
+    return Site(layer, weight, reason)
+
+
+def _behind(y: ir.Value, bias: Floats) -> _Affine:
+    """Follow a batch norm, and the shift in front of a quantizer, as far as nobody else reads what is between."""
+    factor, shift = np.ones_like(bias), bias
+    norm = only_reader(y, "BatchNormalization")
+    parameters = [array_of(v) for v in norm.inputs[1:5]] if norm is not None else [None]
+    if norm is not None and all(p is not None for p in parameters):
+        gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
+        factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+        shift = (bias - mean) * factor + beta
+        y = norm.outputs[0]
+    offset = only_reader(y, "Sub")
+    if offset is not None and offset.inputs[0] is y and only_reader(offset.outputs[0], "QuantizeLinear"):
+        number = array_of(offset.inputs[1])
+        if number is not None and number.size == 1:
+            shift = shift - float(number)
+            y = offset.outputs[0]
+    return _Affine(factor, shift, y)
+
+
+def _kind(x: ir.Value, end: ir.Value) -> str:
+    """Why a convolution cannot run on integers; empty if it can."""
+    if GRID not in x.meta:
+        return "its input is not quantized"
+    if only_reader(end, "QuantizeLinear") is None:
+        return "its output is not quantized by one quantizer alone (residual=8 quantizes what enters additions)"
+    return ""
+
+
+def _float_grid(grid: WeightGrid) -> str:
+    return f"a {grid.bits}-bit grid with a float offset has no int8 form; packed in the file, float in the engine"
+
+
+def _integer(
+    builder: Builder, x: ir.Value, grid: WeightGrid, affine: _Affine, conv_attributes: Attributes | None
+) -> tuple[ir.Value, ir.Value] | None:
+    """Weights times whole factors, per-channel scales, int32 bias; None where the bias does not fit."""
+    input_grid: Grid = x.meta[GRID]
+    largest_input = max(input_grid.highest - min(input_grid.lowest, input_grid.zero_point), 1)
+    scale = np.broadcast_to(grid.scale, affine.factor.shape) * np.abs(affine.factor)
+    # A channel whose factor is zero is constant: no weights, and a scale that makes the bias exact enough.
+    silent = scale < np.finfo(np.float32).tiny / np.float32(1e-6)
+    scale = np.where(silent, np.maximum(np.abs(affine.shift), 1e-6) / input_grid.scale / 2**20, scale)
+    bias = affine.shift / (scale * input_grid.scale)
+    if np.abs(bias).max() >= integer_bias.LARGEST_BIAS:
+        return None
+    largest = integer_bias.largest_factor(int(np.abs(grid.integers).max()), largest_input)
+    factors, whole = integer_bias.choose(bias, largest)
+    fits = np.abs(whole) < integer_bias.LARGEST_BIAS
+    factors, whole = np.where(fits, factors, 1), np.where(fits, whole, np.round(bias)).astype(np.int64)
+    scale = scale / factors
+    signed = np.where(silent, 0, factors * np.where(affine.factor < 0, -1, 1))
+    weight = unpacked(builder, grid, signed, transposed=conv_attributes is None)
+    weight_scale = builder.constant(scale, np.float32)
+    if conv_attributes is None:
+        # Without a zero point of its own the weight would keep ONNX Runtime from its QGemm.
+        zero_points = builder.constant(np.zeros(len(scale)), np.int8)
+        inputs = [x, builder.node("DequantizeLinear", weight, weight_scale, zero_points, axis=1)]
+    else:
+        inputs = [x, builder.node("DequantizeLinear", weight, weight_scale, axis=0)]
+    if whole.any():
+        bias_scale = builder.node("Mul", weight_scale, builder.constant(input_grid.scale, np.float32))
+        inputs.append(builder.node("DequantizeLinear", builder.constant(whole, np.int32), bias_scale, axis=0))
+    if conv_attributes is None:
+        return builder.node("Gemm", *inputs), weight
+    return builder.copy("Conv", tuple(inputs), conv_attributes), weight
+
+
+def _float(
+    builder: Builder, x: ir.Value, grid: WeightGrid, affine: _Affine, attributes: Attributes
+) -> tuple[ir.Value, ir.Value]:
+    """The same layer where the engine computes in float: weights decoded when it loads, the bias a float one."""
+    weight = decoded(builder, dataclasses.replace(grid, scale=grid.scale * affine.factor))
+    inputs = [x, weight]
+    if affine.shift.any():
+        inputs.append(builder.constant(affine.shift, np.float32))
+    return builder.copy("Conv", tuple(inputs), attributes), weight
+
+
+def layers_of(mark: ir.Node) -> list[ir.Node]:
+    """The convolutions and products that read a weight marker, behind a transposition or not."""
+    found = []
+    for use in mark.outputs[0].uses():
+        if use.node.op_type == "Transpose":
+            found += [u.node for u in use.node.outputs[0].uses()]
+        else:
+            found.append(use.node)
+    return found
+
+
+def is_convolution(node: ir.Node, mark: ir.Node) -> bool:
+    """A convolution whose weight is the marker itself."""
+    return node.domain == "" and node.op_type == "Conv" and node.inputs[1] is mark.outputs[0]
+
+
+def is_linear(node: ir.Node, mark: ir.Node) -> bool:
+    """A Gemm or a MatMul that multiplies by the marker's transpose."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if node.domain == "" and node.op_type == "Gemm":
+        attributes = node.attributes
+        plain = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
+        return weight is mark.outputs[0] and attributes.get_int("transB", 0) == 1 and plain
+    return node.op_type == "MatMul" and producer(weight, "Transpose") is not None

@@ -1,0 +1,109 @@
+"""The ONNX file: markers become operators that ONNX Runtime fuses to integer kernels when it loads the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
+
+from ..quantizers import Quantizer
+from . import activations, fold, weights
+from .activations import Cut
+from .builder import Builder, array_of, producer, replace
+from .compact import compact
+from .fold import Site
+from .graph import MARK
+from .movement import push_dequantize
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished model and where to look in it.
+
+    Args:
+        proto: what is written to the file.
+        cuts: activation codes, in the order in which they run.
+        sites: quantized layers, in the order in which they run.
+    """
+
+    proto: onnx.ModelProto
+    cuts: tuple[Cut, ...]
+    sites: tuple[Site, ...]
+
+
+def build(model: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> Built:
+    """Replace every marker of ``model`` (changed in place).
+
+    Args:
+        model: from ``graph.trace``.
+        student: the network that it was traced from.
+        metadata: goes into the file.
+    """
+    builder = Builder(model.graph)
+    quantizers = {name: m for name, m in student.named_modules() if isinstance(m, Quantizer)}
+    marks = sorted(
+        (node for node in model.graph if node.op_type == MARK), key=lambda node: node.attributes["call"].as_int()
+    )
+    _global_pools(builder)
+    cuts, calls = [], dict.fromkeys(quantizers, 0)
+    for mark in marks:
+        name = mark.attributes["quantizer"].as_string()
+        quantizer = quantizers[name]
+        if quantizer.spec.role == "activation":
+            source = mark.inputs[0]
+            assert source is not None
+            value, compared, zero_point = activations.lower(builder, source, quantizer)
+            replace(mark.outputs[0], value)
+            # The weight's marker still stands: only what activations read is settled here.
+            builder.graph.remove(mark, safe=True)
+            cuts.append(Cut(name, calls[name], compared, zero_point))
+            calls[name] += 1
+    RemoveUnusedNodesPass()(model)
+    push_dequantize(builder)
+    sites: list[Site] = []
+    for mark in marks:
+        name = mark.attributes["quantizer"].as_string()
+        if quantizers[name].spec.role == "weight":
+            sites += _weights(builder, mark, quantizers[name], name)
+    for mark in marks:
+        if mark.graph is not None:
+            builder.graph.remove(mark)
+    return Built(compact(model, metadata, keep=[*(c.value for c in cuts), *(s.weight for s in sites)]), tuple(cuts), tuple(sites))
+
+
+def _weights(builder: Builder, mark: ir.Node, quantizer: Quantizer, name: str) -> list[Site]:
+    parameter = mark.inputs[0]
+    assert parameter is not None
+    weight = array_of(parameter)
+    assert weight is not None, f"{name} quantizes something that is no parameter"
+    layer = name.rpartition(".")[0]
+    grid = weights.encode(quantizer, torch.from_numpy(weight.copy()), f"{layer}.weight")
+    sites = []
+    for node in fold.layers_of(mark):
+        if fold.is_convolution(node, mark):
+            sites.append(fold.lower_convolution(builder, node, grid, layer))
+        elif fold.is_linear(node, mark):
+            sites.append(fold.lower_linear(builder, node, grid, layer))
+        else:
+            value = weights.decoded(builder, grid)
+            replace(mark.outputs[0], value)
+            return [Site(layer, value, f"its weight goes into {node.op_type}, which has no integer kernel here")]
+    return sites
+
+
+def _global_pools(builder: Builder) -> None:
+    """A mean over rows and columns is a global average pool, which has an integer kernel."""
+    for node in list(builder.graph):
+        if node.op_type != "ReduceMean" or not node.attributes.get_int("keepdims", 1):
+            continue
+        axes, x = array_of(node.inputs[1]) if len(node.inputs) > 1 else None, node.inputs[0]
+        if axes is None or x is None or x.shape is None or len(x.shape) != 4:
+            continue
+        if {int(a) % 4 for a in axes} == {2, 3}:
+            replace(node.outputs[0], builder.node("GlobalAveragePool", x))

@@ -1,0 +1,128 @@
+"""Weights: trained codes, bit-packed in the file, unpacked by standard operators that an engine folds when it loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from ..quantizers import Quantizer
+from .builder import Array, Builder
+from .packing import pack
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Quantized weights: ``(unsigned * gain + low) * scale + offset``, output channels first.
+
+    Args:
+        unsigned: 0 to ``2**bits - 1``, what is packed.
+        bits: 1 to 8.
+        gain: 2 for grids without a zero level (binary, DoReFa), so that codes stay whole around zero; else 1.
+        low: smallest integer that an engine multiplies.
+        scale: positive, one number or one for each output channel.
+        offset: None where integers are all that an engine needs.
+        name: the parameter's qualified name.
+    """
+
+    unsigned: Ints
+    bits: int
+    gain: int
+    low: int
+    scale: Floats
+    offset: float | None
+    name: str
+
+    @property
+    def integers(self) -> Ints:
+        """What an engine multiplies."""
+        return self.unsigned * self.gain + self.low
+
+
+def encode(quantizer: Quantizer, weight: torch.Tensor, name: str) -> WeightGrid:
+    """The trained codes of ``weight``, as the quantizer's ``engine`` says that they can be used."""
+    codes = quantizer.encode(weight)
+    integers = codes.integers.numpy().astype(np.int64)
+    scale = codes.scale.double().numpy().reshape(-1)
+    bits = quantizer.bits
+    if quantizer.engine == "float":
+        return WeightGrid(integers - codes.low, bits, 1, 0, scale, float(codes.offset), name)
+    if quantizer.engine == "shifted":
+        # q * scale + offset with offset = -scale * (2**b - 1) / 2: whole numbers 2q - (2**b - 1) of half the scale.
+        return WeightGrid(integers, bits, 2, -quantizer.num_steps, scale / 2, None, name)
+    gain = (codes.high - codes.low) // (2**bits - 1) if bits == 1 else 1
+    return WeightGrid((integers - codes.low) // gain, bits, gain, codes.low, scale, None, name)
+
+
+def unpacked(
+    builder: Builder, grid: WeightGrid, multiplier: Ints | None = None, *, transposed: bool = False
+) -> ir.Value:
+    """The int8 weights that an engine multiplies.
+
+    Args:
+        builder: of the graph.
+        grid: the codes.
+        multiplier: whole numbers, one for each output channel, that fit the codes into -127..127; None is 1.
+        transposed: I x O instead of O x I, as MatMul wants a linear layer's weight.
+    """
+    codes, integers = grid.unsigned, grid.integers
+    shape = [-1] + [1] * (codes.ndim - 1)
+    factors = np.ones(len(codes), np.int64) if multiplier is None else multiplier
+    factors = factors.reshape(shape)
+    if transposed:
+        codes, integers, factors = codes.T, integers.T, factors.T
+    if grid.bits == 8:
+        return builder.constant(integers * factors, np.int8, f"{grid.name}.codes")
+    value = builder.node("Cast", _codes(builder, codes, grid.bits, grid.name), to=ir.DataType.INT32)
+    if grid.gain != 1:
+        value = builder.node("Mul", value, builder.constant(grid.gain, np.int32))
+    value = builder.node("Add", value, builder.constant(grid.low, np.int32))
+    if (factors != 1).any():
+        factor = builder.constant(factors, np.int8)
+        value = builder.node("Mul", value, builder.node("Cast", factor, to=ir.DataType.INT32))
+    return builder.node("Cast", value, to=ir.DataType.INT8)
+
+
+def decoded(builder: Builder, grid: WeightGrid) -> ir.Value:
+    """Float weights from packed codes, for grids that integers cannot serve."""
+    codes = _codes(builder, grid.unsigned, grid.bits, grid.name)
+    value = builder.node("Cast", codes, to=ir.DataType.FLOAT)
+    if grid.gain != 1:
+        value = builder.node("Mul", value, builder.constant(grid.gain, np.float32))
+    if grid.low != 0:
+        value = builder.node("Add", value, builder.constant(grid.low, np.float32))
+    scale = grid.scale if grid.scale.size == 1 else grid.scale.reshape([-1] + [1] * (grid.unsigned.ndim - 1))
+    value = builder.node("Mul", value, builder.constant(scale, np.float32))
+    return value if grid.offset is None else builder.node("Add", value, builder.constant(grid.offset, np.float32))
+
+
+def _codes(builder: Builder, codes: Ints, bits: int, name: str) -> ir.Value:
+    """uint8 codes in their shape, from a packed initializer."""
+    shape = builder.constant(codes.shape, np.int64)
+    packed = pack(codes, bits)
+    if bits == 8:
+        return builder.constant(codes, np.uint8, f"{name}.codes")
+    stored = builder.constant(packed[:, None], np.uint8, f"{name}.packed")
+    if 8 % bits == 0:
+        width, count = bits, codes.size
+    else:
+        # Codes cross bytes: single bits first, put together below.
+        width, count = 1, codes.size * bits
+    shifts = builder.constant(np.arange(0, 8, width), np.uint8)
+    value = builder.node("BitShift", stored, shifts, direction="RIGHT")
+    value = builder.node("BitwiseAnd", value, builder.constant(2**width - 1, np.uint8))
+    if count != packed.size * (8 // width):
+        value = builder.node("Reshape", value, builder.constant([-1], np.int64))
+        value = builder.node("Slice", value, builder.constant([0], np.int64), builder.constant([count], np.int64))
+    if width == bits:
+        return builder.node("Reshape", value, shape)
+    value = builder.node("Reshape", value, builder.constant([-1, bits], np.int64))
+    value = builder.node("Cast", value, to=ir.DataType.INT32)
+    value = builder.node("MatMul", value, builder.constant(2 ** np.arange(bits)[:, None], np.int32))
+    return builder.node("Reshape", builder.node("Cast", value, to=ir.DataType.UINT8), shape)
