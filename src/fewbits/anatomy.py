@@ -9,7 +9,9 @@ from typing import Any, Self
 from torch import nn
 
 _STAGE = re.compile(r"^(layer\d+|stages[._]\d+|layers[._]\d+|features|blocks)$")
-_BLOCK = re.compile(r"^(layer\d+\.\d+|stages[._]\d+\.blocks[._]\d+|layers[._]\d+\.blocks[._]\d+|blocks[._]\d+|features\.\d+)$")
+_BLOCK = re.compile(
+    r"^(layer\d+\.\d+|stages[._]\d+\.blocks[._]\d+|layers[._]\d+\.blocks[._]\d+|blocks[._]\d+|features\.\d+)$"
+)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Plan:
         weights: int,
         activations: int,
         quantizer: str | None = None,
-        residual: int | None | Literal["auto"] = "auto",
+        residual: int | Literal["auto"] | None = "auto",
         **rest: Any,
     ) -> Plan:
         """A plan with the defaults that depend on the bits.
@@ -119,7 +119,7 @@ def quantize(
     activations: int = 4,
     *,
     quantizer: str | None = None,
-    residual: int | None | Literal["auto"] = "auto",
+    residual: int | Literal["auto"] | None = "auto",
     keep: Sequence[str] = (),
     rules: Sequence[Rule] = (),
     ends: int | Literal["paper"] = 8,
@@ -242,7 +242,9 @@ def _specs(name: str, names: list[str], plan: Plan) -> LayerSpecs:
     granularity = plan.granularity if method == "lsq" else "tensor"
     return LayerSpecs(
         None if weights == FLOAT_BITS else QuantSpec(method, weights, "weight", granularity, plan.start, fixed),
-        None if activations == FLOAT_BITS else QuantSpec(method, activations, "activation", start=plan.start, fixed=fixed),
+        None
+        if activations == FLOAT_BITS
+        else QuantSpec(method, activations, "activation", start=plan.start, fixed=fixed),
         "32 bits asked for" if weights == activations == FLOAT_BITS else "",
     )
 

@@ -18,8 +18,8 @@ class QuantLayer(nn.Module):
     ``weight`` and ``bias`` keep the float layer's names, so that its ``state_dict`` loads as it is.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
 
@@ -95,7 +95,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # Linear says bias: Tensor, and may hold None
     """``nn.Linear`` with quantizers, on any number of leading dimensions."""
 
     def _input_channels(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Where residual streams run: what enters and leaves additions, concatenations and pooling, found by one symbolic trace.
+"""Residual streams: what enters and leaves additions, concatenations and pooling, found by one symbolic trace.
 
 A convolution whose output is added in float cannot run on integers in ONNX Runtime. ``residual=8`` therefore trains
 8-bit quantizers on these values. They hang on modules as hooks, so that the model's own forward stays what it was.
@@ -119,9 +119,7 @@ def trace(model: nn.Module, quantizable: tuple[type[nn.Module], ...]) -> Trace:
 
 
 class _Finder:
-    def __init__(
-        self, modules: dict[str, nn.Module], seen: _Seen, quantizable: tuple[type[nn.Module], ...]
-    ) -> None:
+    def __init__(self, modules: dict[str, nn.Module], seen: _Seen, quantizable: tuple[type[nn.Module], ...]) -> None:
         self.modules, self.seen, self.quantizable = modules, seen, quantizable
         self.placed: dict[fx.Node, Place | None] = {}
 
@@ -176,7 +174,9 @@ class _Finder:
     def _is_pooling(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return "Pool" in type(self.modules[str(node.target)]).__name__
-        return node.op == "call_function" and node.target in _POOLINGS or node.op == "call_method" and node.target == "mean"
+        return (node.op == "call_function" and node.target in _POOLINGS) or (
+            node.op == "call_method" and node.target == "mean"
+        )
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether the value comes from the input: no parameter, no size."""

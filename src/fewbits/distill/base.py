@@ -1,4 +1,4 @@
-"""The types that carry a method: the networks, what is tapped, what a loss term and an edit are, a phase of training."""
+"""The types that carry a method: networks, taps, loss terms, edits of structure, phases of training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..precision import Fixed, PrecisionSchedule
+
+FULLY_QUANTIZED = Fixed()
 
 NetworkName = Literal["student", "teacher"]
 
@@ -46,7 +48,9 @@ class Networks(nn.Module):
         if name == "student":
             return self.student
         if self.teacher is None:
-            raise ValueError("this recipe needs a teacher; pass teacher=..., the float network that the student came from")
+            raise ValueError(
+                "this recipe needs a teacher; pass teacher=..., the float network that the student came from"
+            )
         return self.teacher
 
     def anatomy(self, name: NetworkName) -> Anatomy:
@@ -161,7 +165,7 @@ class Phase:
     terms: tuple[Term, ...]
     edits: tuple[Edit, ...] = ()
     trains: tuple[Group, ...] = (Group(),)
-    precision: PrecisionSchedule = Fixed()
+    precision: PrecisionSchedule = FULLY_QUANTIZED
 
 
 def feature_of(features: Tensor) -> Tensor:

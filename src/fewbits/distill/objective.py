@@ -53,9 +53,7 @@ class Objective(nn.Module):
         self._trained: set[NetworkName] = {group.network for group in phase.trains}
         for network in self._runs:
             networks.network(network)
-        self._hooks = Taps(
-            [tap for taps in self._taps.values() for tap in taps], networks.student, networks.teacher
-        )
+        self._hooks = Taps([tap for taps in self._taps.values() for tap in taps], networks.student, networks.teacher)
         self._frozen = self._freeze()
         self.set_progress(0.0, 0)
         self.train()
@@ -90,15 +88,16 @@ class Objective(nn.Module):
         step = Step(targets, logits, self._hooks.collect())
         values = {name: self._value(name, term, step) for name, term in self._names.items()}
         total = torch.stack([self._names[name].weight * value for name, value in values.items()]).sum()
-        return Losses(
-            total, {name: value.detach() for name, value in values.items()}, logits[self._taught].detach()
-        )
+        return Losses(total, {name: value.detach() for name, value in values.items()}, logits[self._taught].detach())
 
     def _value(self, name: str, term: Term, step: Step) -> Tensor:
-        helper = self.networks.helpers[name] if name in self.networks.helpers else None
+        # A ModuleDict has no get().
+        helper = self.networks.helpers[name] if name in self.networks.helpers else None  # noqa: SIM401
         return term(step.seen_by(term.teaches), self._taps[name], helper)
 
-    def param_groups(self, lr: float, weight_decay: float = 0.0, helper_lr: float | None = None) -> list[dict[str, Any]]:
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, helper_lr: float | None = None
+    ) -> list[dict[str, Any]]:
         """Parameters for an optimizer, helpers included, each once.
 
         Matrices and kernels decay; biases, norms and quantizers do not, unless their paper says so (PACT's alpha).
@@ -116,7 +115,9 @@ class Objective(nn.Module):
             for kind, params in split.items():
                 kind_lr = rate * group.quantizer_lr if kind.startswith("quantizer") else rate
                 decay = weight_decay if kind in {"weights", "quantizer_decayed"} else 0.0
-                groups.append({"name": f"{group.network}.{kind}", "params": params, "lr": kind_lr, "weight_decay": decay})
+                groups.append(
+                    {"name": f"{group.network}.{kind}", "params": params, "lr": kind_lr, "weight_decay": decay}
+                )
         helpers = [p for p in self.networks.helpers.parameters() if p.requires_grad]
         groups.append({"name": "helpers", "params": helpers, "lr": helper_lr or lr, "weight_decay": 0.0})
         return [group for group in groups if group["params"]]

@@ -1,7 +1,7 @@
 """Reference networks by name, and their weights."""
 
 from fewbits.models.registry import MODELS, PRETRAINED, Pretrained, build, names, pretrained
-from fewbits.models.weights import adapt, load_into, load_weights
+from fewbits.models.weights import adapt, classifiers, load_into, load_weights
 
 __all__ = [
     "MODELS",
@@ -9,6 +9,7 @@ __all__ = [
     "Pretrained",
     "adapt",
     "build",
+    "classifiers",
     "load_into",
     "load_weights",
     "names",

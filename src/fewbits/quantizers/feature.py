@@ -17,8 +17,8 @@ from .rounding import positive
 class FeatureQuantizer(EWGSActivation):
     """f_Q = s * round((2**b - 1) clip((f - l) / (u - l), 0, 1)) / (2**b - 1), with learned l, u and s.
 
-    With one bit the feature is {0, s}: a threshold in the middle of [l, u]. ``s`` starts at mean|f| / mean|x_q|, so that
-    the quantized feature has the float feature's size (the re-implementation starts it off that scale).
+    With one bit the feature is {0, s}: a threshold in the middle of [l, u]. ``s`` starts at mean|f| / mean|x_q|, so
+    that the quantized feature has the float feature's size (the re-implementation starts it off that scale).
 
     Args:
         bits: 1 to 8.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,27 @@ EXAMPLES = 2
 """Images that stay with the networks to give helpers their shapes."""
 
 
-class TeacherPolicy(Protocol):
+@dataclass(frozen=True)
+class TeacherPolicy:
     """What happens to the teacher: the phases that it needs before the student's."""
 
-    needs_teacher: bool
+    needs_teacher: ClassVar[bool] = True
 
     def phases(self) -> tuple[Phase, ...]:
         """Phases that train the teacher; their shares count in the budget."""
-        ...
+        return ()
 
 
 @dataclass(frozen=True)
-class NoTeacher:
+class NoTeacher(TeacherPolicy):
     """The student learns from labels alone."""
 
-    needs_teacher: bool = False
-
-    def phases(self) -> tuple[Phase, ...]:
-        """None."""
-        return ()
+    needs_teacher: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(TeacherPolicy):
     """The teacher stays as it is, in eval mode."""
-
-    needs_teacher: bool = True
-
-    def phases(self) -> tuple[Phase, ...]:
-        """None."""
-        return ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +112,8 @@ class Recipe:
             networks = self._start(student, teacher, example)
         if networks.num_phases != phase:
             raise ValueError(
-                f"phase {phase} of recipe {self.name!r} needs the networks of phase {phase - 1}, but {networks.num_phases} "
-                "phases have run; pass networks=objective.networks of the phase before"
+                f"phase {phase} of recipe {self.name!r} needs the networks of phase {phase - 1}, but "
+                f"{networks.num_phases} phases have run; pass networks=objective.networks of the phase before"
             )
         for edit in phases[phase].edits:
             edit.apply(networks)
@@ -132,13 +123,15 @@ class Recipe:
     def _start(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> Networks:
         is_quantized = any(True for _ in quantizers_of(student))
         if self.quantized and not is_quantized:
-            raise ValueError(f"recipe {self.name!r} trains a quantized student; call fewbits.quantize(model, ...) first")
+            raise ValueError(
+                f"recipe {self.name!r} trains a quantized student; call fewbits.quantize(model, ...) first"
+            )
         if not self.quantized and is_quantized:
             raise ValueError(f"recipe {self.name!r} trains the float network itself, got a quantized one")
         if self.teacher.needs_teacher and teacher is None:
             raise ValueError(
-                f"recipe {self.name!r} needs a teacher; pass teacher=..., for example the float network that the student "
-                "came from (train one with recipe 'float')"
+                f"recipe {self.name!r} needs a teacher; pass teacher=..., for example the float network that the "
+                "student came from (train one with recipe 'float')"
             )
         if teacher is student:
             raise ValueError("teacher and student are the same object; quantize() returns a copy to train")

@@ -19,7 +19,7 @@ from ..distill.feature_losses import Reduction, squared_error
 from ..distill.terms import same_shape
 from ..quantizers import check_bits
 from ..quantizers.feature import FeatureQuantizer
-from .base import Frozen, Recipe
+from .base import Frozen, Recipe, TeacherPolicy
 
 QUANTIZER = "feature_quantizer"
 WIDE = 256
@@ -40,8 +40,7 @@ class QuantizeFeature(Edit):
     """Put a quantizer between the teacher's feature and its head: the head consumes f_Q.
 
     Args:
-        bits: of the feature; 32 leaves it float (that is float-feature distillation), None chooses 1 for features of 256
-            dimensions or more, else 4.
+        bits: of the feature; None chooses 1 for features of 256 dimensions or more, else 4.
     """
 
     bits: int | None = None
@@ -97,7 +96,7 @@ class QuantizedFeatureDistance(Term):
 
 
 @dataclass(frozen=True)
-class QuantizedFeature:
+class QuantizedFeature(TeacherPolicy):
     """The teacher is trained first, with its feature quantized, then frozen.
 
     Args:
@@ -111,7 +110,6 @@ class QuantizedFeature:
     share: float = 0.2
     lr: float = 0.2
     quantizer_lr: float = 1e-2
-    needs_teacher: bool = True
 
     def phases(self) -> tuple[Phase, ...]:
         """One: cross-entropy through the quantized feature."""

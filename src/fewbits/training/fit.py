@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ..convert import plan_of
 from ..data import Dataset, Normalisation
 from ..recipes import Recipe
-from .checkpoint import save_tensors
+from .checkpoint import load_networks, save_tensors
 from .folder import STUDENT, STUDENT_EMA, RunFolder
 from .loop import Loop
 from .settings import Settings
@@ -93,8 +94,12 @@ def fit(
     folder = None
     if output is not None:
         folder = RunFolder(
-            Path(output), describe(student, recipe, data, settings, normalisation) | dict(description or {}), resume=resume
+            Path(output),
+            describe(student, recipe, data, settings, normalisation) | dict(description or {}),
+            resume=resume,
         )
+        if folder.is_finished:
+            return _finished(student, folder, normalisation)
     loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress)
     outcome = loop.run()
     outcome.networks.eval()
@@ -113,6 +118,24 @@ def fit(
         seconds=outcome.seconds,
         normalisation=normalisation,
         folder=folder.path if folder else None,
+    )
+
+
+def _finished(student: nn.Module, folder: RunFolder, normalisation: Normalisation) -> Result:
+    """What a run that is over gave; nothing in its folder changes. Its teacher and average are not loaded."""
+    load_networks(student, load_file(folder.path / STUDENT))
+    end = next(record for record in reversed(folder.metrics()) if record["event"] == "end")
+    return Result(
+        student=student.eval(),
+        teacher=None,
+        accuracy=end["accuracy"],
+        best_accuracy=end["best_accuracy"],
+        ema=None,
+        ema_accuracy=end.get("ema_accuracy"),
+        skipped_steps=end["skipped_steps"],
+        seconds=end["seconds"],
+        normalisation=normalisation,
+        folder=folder.path,
     )
 
 

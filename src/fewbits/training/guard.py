@@ -57,6 +57,6 @@ class StepGuard:
         if self.in_a_row >= self._max:
             raise TrainingError(
                 f"{self.in_a_row} steps in a row had a non-finite loss ({float(loss):.4g}) or gradient "
-                f"({float(grad_norm):.4g}), the last at {where}; look for NaN in the data, or lower --lr or set clip_grad"
+                f"({float(grad_norm):.4g}), the last at {where}; look for NaN in the data, or lower --lr"
             )
         return False

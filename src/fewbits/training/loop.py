@@ -127,9 +127,7 @@ class Loop:
         if self.folder is not None and self._is_main:
             self.folder.forget_after(self._position.total_step)
         networks = self._networks_before(checkpoint)
-        self._display = Display(
-            self.recipe.name, num_steps, self._position.total_step, self.shown and self._is_main
-        )
+        self._display = Display(self.recipe.name, num_steps, self._position.total_step, self.shown and self._is_main)
         with self._display, self._tensorboard() as self._events:
             self._started = self._saved = time.monotonic()
             for index in range(self._position.phase, len(phases)):
@@ -303,9 +301,7 @@ class Loop:
             "seconds": position.seconds,
         }
         self._record("end", "student", end | ({"ema_accuracy": ema_accuracy} if ema is not None else {}))
-        return Outcome(
-            networks, reached, position.best_accuracy, ema, ema_accuracy, position.skipped, position.seconds
-        )
+        return Outcome(networks, reached, position.best_accuracy, ema, ema_accuracy, position.skipped, position.seconds)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -403,7 +399,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     if settings.processes is not None and accelerator.num_processes != settings.processes:
         raise ValueError(
             f"processes={settings.processes} were asked for, but {accelerator.num_processes} take part; start with "
-            f"'torchrun --nproc-per-node {settings.processes} -m fewbits ...' ('accelerate launch --cpu' starts only one)"
+            f"'torchrun --nproc-per-node {settings.processes} -m fewbits ...' (accelerate launch --cpu starts one)"
         )
     share = settings.batch_size / accelerator.num_processes / settings.accumulate
     if share != int(share):
@@ -434,7 +430,7 @@ def steps_per_epoch(data: Dataset, settings: Settings) -> int:
     steps = data.train.num_samples // settings.batch_size
     if steps == 0:
         raise ValueError(
-            f"batch_size is {settings.batch_size}, but {data.name} has {data.train.num_samples} training images; lower it"
+            f"batch_size is {settings.batch_size}, but {data.name} has {data.train.num_samples} images; lower it"
         )
     return steps
 

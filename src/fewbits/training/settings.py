@@ -87,5 +87,5 @@ class Settings:
             raise ValueError(f"milestones must be fractions of a phase between 0 and 1, got {self.milestones}")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate} micro-batches"
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"
             )

@@ -1,0 +1,73 @@
+"""The command line: a thin reader of the commands' dataclasses."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, arg, subcommand
+
+from . import commands
+from .training import TrainingError
+
+ERRORS = (ValueError, TypeError, OSError, TrainingError, ImportError, MemoryError)
+"""What a user can cause: one clear line and exit code 1, no traceback. Wrong usage is exit code 2."""
+
+
+def _command(config: type, name: str, help_: str) -> Any:
+    return Annotated[config, subcommand(name=name, description=help_)]
+
+
+def parse(arguments: Sequence[str] | None = None) -> Any:
+    """Read the command line into the dataclass of its command."""
+    return tyro.cli(
+        _commands(),
+        args=list(arguments) if arguments is not None else None,
+        prog="fewbits",
+        description="Low-bit vision networks, taught by the float network they came from: quantize, teach, ship.",
+        config=(OmitArgPrefixes, FlagCreatePairsOff, AvoidSubcommands),
+    )
+
+
+def _commands() -> Any:
+    choices = [
+        _command(config, name, (config.__doc__ or "").split("\n\n    Args:")[0])
+        for name, (config, _) in commands.COMMANDS.items()
+    ]
+    union: Any = choices[0]
+    for choice in choices[1:]:
+        union = union | choice
+    return union
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 1 with a message; wrong usage leaves with 2."""
+    config = parse(arguments)
+    run: Callable[[Any], Any] = next(f for c, f in commands.COMMANDS.values() if type(config) is c)
+    console = Console(stderr=True)
+    warnings.showwarning = lambda message, *rest, **more: console.print(f"warning: {message}", style="yellow")
+    try:
+        run(config)
+    except ERRORS as error:
+        console.print(f"fewbits: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        message = "there is not enough memory for this batch; lower --batch-size, or keep it and raise --accumulate"
+        console.print(f"fewbits: {message} ({str(error).splitlines()[0]})", style="red", markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; continue with the same command and --resume", style="yellow")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+__all__ = ["arg", "main", "parse"]

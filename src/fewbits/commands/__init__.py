@@ -1,0 +1,45 @@
+"""The commands: each is one dataclass and one public function; a new one is a line in ``COMMANDS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .demo import Demo, demo
+from .runs import load_run, run_data
+from .ship import Bench, Export, bench, export
+from .show import Data, Recipes, Report, Summary, data, recipes, report, summary
+from .train import Train, train
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "train": (Train, train),
+    "export": (Export, export),
+    "bench": (Bench, bench),
+    "report": (Report, report),
+    "summary": (Summary, summary),
+    "data": (Data, data),
+    "recipes": (Recipes, recipes),
+    "demo": (Demo, demo),
+}
+
+__all__ = [
+    "COMMANDS",
+    "Bench",
+    "Data",
+    "Demo",
+    "Export",
+    "Recipes",
+    "Report",
+    "Summary",
+    "Train",
+    "bench",
+    "data",
+    "demo",
+    "export",
+    "load_run",
+    "recipes",
+    "report",
+    "run_data",
+    "summary",
+    "train",
+]

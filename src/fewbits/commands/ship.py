@@ -1,0 +1,168 @@
+"""``fewbits export`` and ``fewbits bench``: the trained student as a file for an engine, measured beside float."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import models
+from ..convert import float_state
+from ..data import Dataset, Normalisation
+from ..training import accuracy, read_json
+from ..training.folder import RUN
+from .runs import load_run, run_data
+
+PARITY_IMAGES = 256
+"""Real test images that every export is compared on, layer by layer."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the student of a run as a bit-packed file for an inference engine, and prove that it computes the same.
+
+    Args:
+        run: a finished run folder.
+        engine: onnxruntime.
+        output: the file; by default student.onnx in the run folder.
+        data_root: the folder that holds the data sets.
+    """
+
+    run: Path
+    engine: str = "onnxruntime"
+    output: Path | None = None
+    data_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure size, load time and latency of an exported run beside the float network, in one interleaved run.
+
+    Args:
+        run: a run folder; it is exported first if that has not been done.
+        threads: of the engine.
+        batch_sizes: images at a time.
+        repeats: measurements of each.
+        data_root: the folder that holds the data sets.
+    """
+
+    run: Path
+    threads: int = 1
+    batch_sizes: tuple[int, ...] = (1, 64)
+    repeats: int = 30
+    data_root: Path | None = None
+
+
+def export(config: Export) -> dict[str, Any]:
+    """Carry out ``config``; leaves the file and ``export.json`` in the run folder.
+
+    Raises:
+        ValueError: the run is not finished, or the engine unknown.
+        ParityError: the engine does not compute what PyTorch does; no file is left.
+    """
+    from ..deploy import accuracy as engine_accuracy
+    from ..deploy import export as export_student
+
+    student, normalisation = load_run(config.run)
+    data = run_data(config.run, config.data_root)
+    path = config.output or config.run / "student.onnx"
+    images, _ = next(_pixels(data, PARITY_IMAGES))
+    exported = export_student(student, path, example=images, normalisation=normalisation, engine=config.engine)
+    report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
+    report |= {
+        "engine": config.engine,
+        "file": path.name,
+        "ratio": exported.float_bytes / exported.size_bytes,
+        "accuracy_pytorch": accuracy(student, data.test.batches(batch_size=500, normalisation=normalisation)),
+        "accuracy_engine": engine_accuracy(path, _pixels(data, 500)),
+    }
+    report.pop("path", None)
+    (config.run / "export.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    Console().print(_export_table(report), highlight=False)
+    return report
+
+
+def _export_table(report: dict[str, Any]) -> Table:
+    table = Table(title=f"{report['file']} for {report['engine']}", show_header=False)
+    table.add_row("size", f"{report['size_bytes']:,} bytes, float {report['float_bytes']:,} ({report['ratio']:.1f}x)")
+    table.add_row("theoretical size of its bits", f"{report['theoretical_bytes']:,} bytes")
+    table.add_row("equal predictions", f"{100 * report['equal_predictions']:.2f} % of {PARITY_IMAGES} test images")
+    table.add_row("largest difference of a logit", f"{report['max_difference']:.3g}")
+    table.add_row("accuracy in PyTorch", f"{100 * report['accuracy_pytorch']:.2f} %")
+    table.add_row("accuracy in the engine", f"{100 * report['accuracy_engine']:.2f} %")
+    kernels = [layer for layer in report["layers"]]
+    reasons = [f"{layer['name']}: {layer['reason']}" for layer in kernels if layer.get("reason")]
+    table.add_row("layers on integer kernels", f"{len(kernels) - len(reasons)} of {len(kernels)}")
+    for reason in reasons:
+        table.add_row("in float", reason)
+    return table
+
+
+def bench(config: Bench) -> list[dict[str, Any]]:
+    """Carry out ``config``; leaves ``bench.json`` in the run folder."""
+    from ..deploy import bench as bench_files
+    from ..deploy import export as export_student
+
+    path = config.run / "student.onnx"
+    if not path.exists():
+        export(Export(config.run, data_root=config.data_root))
+    student, normalisation = load_run(config.run)
+    data = run_data(config.run, config.data_root)
+    images, _ = next(_pixels(data, max(config.batch_sizes)))
+    float_path = config.run / "float" / "float.onnx"
+    float_path.parent.mkdir(exist_ok=True)
+    export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
+    rows = bench_files(
+        {"float": float_path, "student": path},
+        images,
+        threads=config.threads,
+        batch_sizes=config.batch_sizes,
+        repeats=config.repeats,
+    )
+    entries = [asdict(row) for row in rows]
+    (config.run / "bench.json").write_text(json.dumps({"rows": entries}, indent=2, sort_keys=True) + "\n")
+    table = Table("network", "batch", "threads", "latency, ms", "ratio to float", "size, bytes", "load, ms")
+    for row in entries:
+        table.add_row(
+            row["name"],
+            str(row["batch_size"]),
+            str(row["threads"]),
+            f"{row['latency_ms']:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['size_bytes']:,}",
+            f"{row['load_ms']:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    for row in entries:
+        if row["name"] != "float" and row["ratio"] > 1:
+            console.print(f"At batch {row['batch_size']} the low-bit network is slower than float on this machine.")
+    return entries
+
+
+def float_network(folder: Path, student: nn.Module) -> nn.Module:
+    """The float network of a run's architecture with the student's latent weights: what it is measured beside."""
+    run = read_json(folder / RUN)
+    described = run["data"]
+    network = models.build(
+        run["model"],
+        num_classes=len(described["classes"]),
+        channels=described["channels"],
+        image_size=described["image_size"],
+    )
+    models.load_into(network, float_state(student), what="the student's latent weights")
+    return network.eval()
+
+
+def _pixels(data: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Test images as pixels in 0..1: an exported file normalises by itself."""
+    plain = Normalisation.identity(data.channels)
+    with torch.no_grad():
+        yield from data.test.batches(batch_size=batch_size, normalisation=plain)

@@ -1,0 +1,152 @@
+"""``fewbits summary``, ``report``, ``data`` and ``recipes``: what there is, for people to read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import data as datasets
+from .. import models
+from ..convert import quantize
+from ..recipes import RECIPES, make
+from ..report import comparison
+from ..report import report as write_report
+from ..summary import Summary as LayerSummary
+from ..summary import summarize
+from ..training import read_json
+from ..training.folder import RUN
+from .runs import load_run
+from .train import Train, build
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Print bits, shapes, parameters, operations and bytes of every layer, and what stays float and why.
+
+    Args:
+        run: a run folder; or give model and data.
+        model: as in train.
+        data: as in train; gives channels, classes and image size.
+        weights: bits, as in train; 32 with activations 32 shows the float network.
+        activations: bits, as in train.
+        quantizer: as in train.
+        residual: as in train.
+        ends: as in train.
+        keep: as in train.
+        data_root: the folder that holds the data sets.
+    """
+
+    run: Path | None = None
+    model: str | None = None
+    data: str = "cifar10"
+    weights: int = 4
+    activations: int = 4
+    quantizer: str | None = None
+    residual: str = "auto"
+    ends: str = "8"
+    keep: tuple[str, ...] = ()
+    data_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page about one run or several.
+
+    Args:
+        runs: run folders.
+        output: the page; by default report.html in the first folder.
+    """
+
+    runs: tuple[Path, ...]
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """List the data sets: which are found, where, and how to get the others.
+
+    Args:
+        data_root: the folder that holds the data sets; by default $FEWBITS_DATA and the usual places.
+    """
+
+    data_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes, what they need and their options."""
+
+
+def summary(config: Summary) -> LayerSummary:
+    """Carry out ``config``; for a run, ``summary.json`` is left in its folder."""
+    if config.run is not None:
+        network, _ = load_run(config.run)
+        described = read_json(config.run / RUN)["data"]
+        shape = (1, described["channels"], described["image_size"], described["image_size"])
+    elif config.model is not None:
+        data = datasets.load(config.data, config.data_root)
+        network = build(config.model, data)
+        if not config.weights == config.activations == 32:
+            plan = Train(
+                config.model,
+                config.data,
+                weights=config.weights,
+                activations=config.activations,
+                quantizer=config.quantizer,
+                residual=config.residual,
+                ends=config.ends,
+                keep=config.keep,
+            ).plan()
+            network = quantize(network, plan=plan)
+        shape = (1, data.channels, data.image_size, data.image_size)
+    else:
+        raise ValueError(f"give --run FOLDER, or --model with one of {', '.join(models.names())} or timm:NAME")
+    table = summarize(network.eval(), torch.zeros(shape))
+    if config.run is not None:
+        (config.run / "summary.json").write_text(json.dumps(table.to_data(), indent=2, sort_keys=True) + "\n")
+    Console().print(table.table())
+    return table
+
+
+def report(config: Report) -> Path:
+    """Carry out ``config``; returns the page."""
+    if not config.runs:
+        raise ValueError("runs is empty; name at least one run folder")
+    page = write_report(config.runs, config.output or config.runs[0] / "report.html")
+    console = Console()
+    console.print(comparison(config.runs))
+    console.print(f"wrote {page}", highlight=False)
+    return page
+
+
+def data(config: Data) -> list[datasets.Found]:
+    """Carry out ``config``."""
+    table = Table("data set", "found", "train", "test", "where, or how to get it")
+    rows = datasets.find(config.data_root)
+    for row in rows:
+        table.add_row(
+            row.name, "yes" if row.found else "no", f"{row.num_train:,}", f"{row.num_test:,}", row.where or row.get
+        )
+    Console().print(table)
+    return rows
+
+
+def recipes(config: Recipes) -> list[str]:
+    """Carry out ``config``; returns the names."""
+    table = Table("recipe", "teacher", "what it does", "options (--options name=value ...)")
+    for name, function in RECIPES.items():
+        parameters = inspect.signature(function).parameters.values()
+        table.add_row(
+            name,
+            "yes" if make(name).teacher.needs_teacher else "no",
+            (inspect.getdoc(function) or "").splitlines()[0],
+            " ".join(f"{p.name}={p.default}" for p in parameters),
+        )
+    Console().print(table)
+    return list(RECIPES)

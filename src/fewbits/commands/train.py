@@ -1,0 +1,273 @@
+"""``fewbits train``: build or load the networks, train, leave a run folder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import data as datasets
+from .. import models
+from ..convert import Plan, quantize
+from ..data import Dataset, Normalisation
+from ..recipes import make
+from ..training import Result, Settings, fit, read_json
+from ..training.folder import RUN
+from .runs import load_run
+
+DEFAULT_RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a float network, or teach a low-bit one.
+
+    Args:
+        model: resnet20, resnet32, resnet56, resnet18, vgg-small, or timm:NAME.
+        data: digits, cifar10, cifar100, fashion-mnist, flowers17, or folder:PATH with one folder for each class.
+        recipe: how the student is taught; see 'fewbits recipes'.
+        options: of the recipe, as name=value; for example weight=0.5 bits=4.
+        weights: bits of weights, 1 to 8, or 32 for full precision.
+        activations: bits of activations, 1 to 8, or 32.
+        quantizer: lsq, dorefa, pact, ewgs, minmax, sign, xnor, bireal or react; by default lsq, or sign at 1/1.
+        residual: bits of the quantizers around additions and pooling, or none; by default 8, for binary networks none.
+        ends: bits of first and last layer: 8, 32, another width, or paper.
+        keep: layers that stay float, as patterns of qualified names.
+        granularity: one weight scale per tensor or per channel (lsq).
+        teacher: a run folder or a weights file of the same network; also the student's start.
+        checkpoint: weights that the student starts from instead.
+        scratch: start from random weights where there is neither teacher nor checkpoint.
+        output: run folder; by default runs/MODEL-DATA-RECIPE-wWaA-sSEED.
+        resume: continue the run in the output folder; without one there, start afresh.
+        image_size: pixels a side that images are brought to.
+        data_root: the folder that holds cifar10/ and so on; by default $FEWBITS_DATA and the usual places.
+        download: fetch a data set that is missing.
+        hold_out: training images that replace the test split, for tuning.
+        per_class: training images of each class that are kept, for little data.
+        progress: show a progress bar.
+        settings: of the training loop.
+    """
+
+    model: str
+    data: str
+    recipe: str = "plain"
+    options: tuple[str, ...] = ()
+    weights: int = 4
+    activations: int = 4
+    quantizer: str | None = None
+    residual: str = "auto"
+    ends: str = "8"
+    keep: tuple[str, ...] = ()
+    granularity: str = "tensor"
+    teacher: Path | None = None
+    checkpoint: Path | None = None
+    scratch: bool = False
+    output: Path | None = None
+    resume: bool = False
+    image_size: int | None = None
+    data_root: Path | None = None
+    download: bool = False
+    hold_out: int = 0
+    per_class: int = 0
+    progress: bool = True
+    settings: Settings = field(default_factory=Settings)
+
+    def plan(self) -> Plan:
+        """The plan that the bits, the quantizer and the exceptions make."""
+        ends: Any = self.ends if self.ends == "paper" else _number(self.ends, "ends", "'paper' or a number of bits")
+        residual: Any = self.residual
+        if residual == "none":
+            residual = None
+        elif residual != "auto":
+            residual = _number(residual, "residual", "'auto', 'none' or a number of bits")
+        if self.granularity not in ("tensor", "channel"):
+            raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
+        rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
+        return Plan.of(self.weights, self.activations, self.quantizer, residual, **rest)
+
+    def folder(self) -> Path:
+        """Where the run goes."""
+        if self.output is not None:
+            return self.output
+        bits = "" if self.recipe == "float" else f"-w{self.weights}a{self.activations}"
+        name = f"{self.model}-{self.data}-{self.recipe}{bits}-s{self.settings.seed}"
+        return DEFAULT_RUNS / "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def _number(text: str, name: str, allowed: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} must be {allowed}, got {text!r}") from None
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` pairs; values are read as JSON where they are JSON, else as text.
+
+    >>> parse_options(["weight=0.5", "reduction=mean", "retrain=false"])
+    {'weight': 0.5, 'reduction': 'mean', 'retrain': False}
+    """
+    parsed: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name:
+            raise ValueError(f"options must look like name=value, got {option!r}")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float network that exists: the student's start, and the teacher."""
+
+    model: nn.Module
+    normalisation: Normalisation | None
+    description: str
+
+    def fits(self, student: nn.Module) -> bool:
+        """Whether the student is of the same architecture, the classifier's shape apart."""
+        mine, theirs = self.model.state_dict(), student.state_dict()
+        heads = tuple(f"{head}." for head in models.classifiers(student))
+        return mine.keys() == theirs.keys() and all(
+            mine[name].shape == theirs[name].shape for name in mine if not name.startswith(heads)
+        )
+
+
+def train(config: Train) -> Result:
+    """Carry out ``config``: build or load the networks, train, leave a run folder.
+
+    Raises:
+        ValueError: anything in ``config`` that is wrong or does not fit together.
+    """
+    recipe = make(config.recipe, parse_options(config.options))
+    plan = config.plan() if recipe.quantized else None
+    data = load_data(config)
+    torch.manual_seed(config.settings.seed)
+    student = build(config.model, data)
+    source = None if not recipe.quantized else _source(config, data)
+    normalisation = (source and source.normalisation) or data.normalisation
+    start = "random"
+    if config.checkpoint is not None:
+        _start_from(student, models.load_weights(config.checkpoint))
+        start = str(config.checkpoint)
+    elif source is not None and source.fits(student):
+        _start_from(student, source.model.state_dict())
+        start = source.description
+    elif (own := _own_weights(config, data)) is not None and recipe.quantized:
+        _start_from(student, own.model.state_dict())
+        start = own.description
+    elif recipe.quantized and not config.scratch:
+        raise ValueError(_no_start(config))
+    if plan is not None:
+        student = quantize(student, plan=plan)
+    teacher = source.model if source is not None and recipe.teacher.needs_teacher else None
+    if recipe.teacher.needs_teacher and teacher is None:
+        raise ValueError(_no_start(config))
+    return fit(
+        student,
+        teacher,
+        recipe=recipe,
+        data=data,
+        settings=config.settings,
+        normalisation=normalisation,
+        output=config.folder(),
+        resume=config.resume,
+        progress=config.progress,
+        description={
+            "command": "train",
+            "model": config.model,
+            "start": start,
+            "teacher": source.description if teacher is not None and source else None,
+            "recipe_name": config.recipe,
+            "recipe_options": parse_options(config.options),
+            "data_source": config.data,
+            "hold_out": config.hold_out,
+            "per_class": config.per_class,
+        },
+    )
+
+
+def load_data(config: Train) -> Dataset:
+    """The data set that ``config`` names, made smaller as it asks."""
+    data = datasets.load(config.data, config.data_root, config.download, config.image_size)
+    if config.hold_out:
+        data = data.hold_out(config.hold_out, seed=0)
+    if config.per_class:
+        data = data.per_class(config.per_class, seed=config.settings.seed)
+    return data
+
+
+def build(model: str, data: Dataset) -> nn.Module:
+    """A network by name, adapted to the data's channels and classes."""
+    return models.build(model, num_classes=data.num_classes, channels=data.channels, image_size=data.image_size)
+
+
+def _source(config: Train, data: Dataset) -> Source | None:
+    """The trained float network: ``--teacher``, else the model's own weights for this data."""
+    if config.teacher is not None:
+        return load_teacher(config.teacher, config.model, data)
+    return _own_weights(config, data)
+
+
+def _own_weights(config: Train, data: Dataset) -> Source | None:
+    own = models.pretrained(config.model, config.data, config.data_root)
+    if own is None:
+        return None
+    state, normalisation = own
+    model = build(config.model, data)
+    fresh = models.adapt(model, state)
+    if fresh:
+        _warn_fresh(fresh)
+    return Source(model, normalisation, f"pretrained {config.model}")
+
+
+def load_teacher(path: Path, model: str, data: Dataset) -> Source:
+    """A teacher from a run folder (its own architecture and normalisation) or from a weights file of ``model``.
+
+    Raises:
+        ValueError: it is not there, damaged, or of another architecture.
+    """
+    if not path.exists():
+        raise ValueError(f"teacher {path} does not exist; give a run folder or a .safetensors, .pt or .th file")
+    if path.is_dir():
+        run = read_json(path / RUN)
+        network, normalisation = load_run(path)
+        return Source(network, normalisation, f"run {path.name} ({run.get('model')})")
+    state = models.load_weights(path)
+    network = build(model, data)
+    fresh = models.adapt(network, state)
+    if fresh:
+        _warn_fresh(fresh)
+    own = models.pretrained(model, data.name)
+    # Weights that are the model's own file need the normalisation that they were trained with.
+    same = own is not None and all(torch.equal(own[0][n], state[n]) for n in state if n in own[0])
+    return Source(network, own[1] if own and same else None, path.name)
+
+
+def _start_from(student: nn.Module, state: dict[str, Tensor]) -> None:
+    fresh = models.adapt(student, state)
+    if fresh:
+        _warn_fresh(fresh)
+
+
+def _warn_fresh(names: list[str]) -> None:
+    warnings.warn(
+        f"the classifier has another shape than the given weights and starts fresh: {', '.join(names)}", stacklevel=3
+    )
+
+
+def _no_start(config: Train) -> str:
+    return (
+        f"there are no trained weights for --model {config.model} on --data {config.data}; train the float network "
+        f"first with 'fewbits train --model {config.model} --data {config.data} --recipe float --output FOLDER' and "
+        "pass --teacher FOLDER (or --checkpoint FILE, or --scratch for recipes without a teacher)"
+    )
