@@ -79,7 +79,7 @@ def test_it_is_the_float_layer_on_quantized_tensors(name: str):
     assert quantized.input_quantizer is not None
     reference = copy.deepcopy(LAYERS[name])
     with torch.no_grad():
-        reference.weight.copy_(quantized.weight_quantizer(quantized.weight))  # type: ignore[operator]
+        reference.weight.copy_(quantized.weight_quantizer(quantized.weight))
     assert torch.equal(quantized(x), reference(quantized.input_quantizer(x)))
 
 
@@ -103,7 +103,7 @@ def test_every_method_trains_every_layer(name: str, method: str):
         assert parameter.grad is not None, key
         assert bool(torch.isfinite(parameter.grad).all()), key
     assert x.grad is not None
-    assert bool(quantized.weight.grad.any())  # type: ignore[union-attr]
+    assert bool(quantized.weight.grad.any())
 
 
 @every_layer
@@ -161,7 +161,7 @@ def test_copies_are_independent():
     quantized = calibrated(layer, x)
     twin = copy.deepcopy(quantized)
     assert torch.equal(twin(x), quantized(x))
-    nn.init.constant_(twin.input_quantizer.step, 7.0)  # type: ignore[union-attr, arg-type]
+    nn.init.constant_(twin.input_quantizer.step, 7.0)
     assert not torch.equal(twin(x), quantized(x))
 
 
@@ -187,8 +187,8 @@ def test_match_output_of_ewgs(name: str, bits: int):
 
     reference = copy.deepcopy(LAYERS[name])
     if reference.bias is not None:
-        nn.init.zeros_(reference.bias)  # type: ignore[arg-type]
-        nn.init.zeros_(quantized.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(reference.bias)
+        nn.init.zeros_(quantized.bias)
     wanted = reference(x).abs().mean().item()
     assert quantized(x).abs().mean().item() == pytest.approx(wanted, rel=1e-4)
     assert quantizer.output_scale.item() > 0
@@ -199,7 +199,7 @@ def test_match_output_of_a_silent_layer_is_one():
     nn.init.zeros_(layer.weight)
     quantized = calibrated(layer, torch.rand(2, 4), "ewgs", 4)
     quantized.match_output(torch.zeros(2, 4))
-    assert quantized.weight_quantizer.output_scale.item() == 1.0  # type: ignore[union-attr, operator]
+    assert quantized.weight_quantizer.output_scale.item() == 1.0
 
 
 def test_match_output_leaves_other_methods_alone():

@@ -18,7 +18,7 @@ def test_bits_that_are_allowed(bits: int):
 )  # fmt: skip
 def test_bits_that_are_not(bits: object, error: type[Exception]):
     with pytest.raises(error, match=r"(between 1 and 8|from 1 to 8), got " + repr(bits)):
-        QuantSpec("lsq", bits, "weight")  # type: ignore[arg-type]
+        QuantSpec("lsq", bits, "weight")
 
 
 def test_too_many_bits_say_the_way_out():
@@ -44,7 +44,7 @@ def test_specification_is_a_value():
     assert spec == QuantSpec(**dataclasses.asdict(spec))
     assert len({spec, QuantSpec("lsq", 4, "weight")}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
-        spec.bits = 2  # type: ignore[misc]
+        spec.bits = 2
 
 
 def test_unknown_method_lists_the_choices():

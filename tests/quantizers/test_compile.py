@@ -13,7 +13,7 @@ from fewbits.quantizers import METHODS, Quantizer, QuantSpec, build
 pytestmark = pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 
 SPECS = {
-    f"{name}-{role}": QuantSpec(name, min(2, max(method.bits)), role)  # type: ignore[arg-type]
+    f"{name}-{role}": QuantSpec(name, min(2, max(method.bits)), role)
     for name, method in METHODS.items()
     for role in ("weight", "activation")
 } | {"lsq-channel": QuantSpec("lsq", 2, "weight", "channel"), "lsq-1-bit": QuantSpec("lsq", 1, "weight")}

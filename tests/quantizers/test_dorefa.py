@@ -11,7 +11,7 @@ F = np.float32
 
 
 def make(bits: int, role: str, method: str = "dorefa") -> Quantizer:
-    return build(QuantSpec(method, bits, role), 3, 0 if role == "weight" else 1)  # type: ignore[arg-type]
+    return build(QuantSpec(method, bits, role), 3, 0 if role == "weight" else 1)
 
 
 def slow_q(z: np.float32, bits: int) -> tuple[np.float32, np.float32]:

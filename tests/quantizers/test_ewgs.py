@@ -12,7 +12,7 @@ LOWER, UPPER, SCALE = -0.75, 1.25, -0.5  # exact in float32; |s| counts
 
 
 def make(bits: int, role: str, delta: float = 0.25, start: str = "data") -> Quantizer:
-    quantizer = build(QuantSpec("ewgs", bits, role, start=start), 3, 0 if role == "weight" else 1)  # type: ignore[arg-type]
+    quantizer = build(QuantSpec("ewgs", bits, role, start=start), 3, 0 if role == "weight" else 1)
     with torch.no_grad():
         quantizer.get_parameter("lower").fill_(LOWER)
         quantizer.get_parameter("upper").fill_(UPPER)

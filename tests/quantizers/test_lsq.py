@@ -35,13 +35,13 @@ def ties(step: float, num: int = 12) -> Tensor:
 
 
 def weight(bits: int, granularity: str = "tensor", num: int = 3, start: str = "data") -> LSQWeight:
-    quantizer = build(QuantSpec("lsq", bits, "weight", granularity, start), num, 0)  # type: ignore[arg-type]
+    quantizer = build(QuantSpec("lsq", bits, "weight", granularity, start), num, 0)
     assert isinstance(quantizer, LSQWeight)
     return quantizer
 
 
 def activation(bits: int, start: str = "data") -> LSQActivation:
-    quantizer = build(QuantSpec("lsq", bits, "activation", start=start), 3, 1)  # type: ignore[arg-type]
+    quantizer = build(QuantSpec("lsq", bits, "activation", start=start), 3, 1)
     assert isinstance(quantizer, LSQActivation)
     return quantizer
 

@@ -14,7 +14,7 @@ F = np.float32
 
 
 def make(bits: int, role: str = "activation") -> Quantizer:
-    return build(QuantSpec("minmax", bits, role), 3, 1)  # type: ignore[arg-type]
+    return build(QuantSpec("minmax", bits, role), 3, 1)
 
 
 @pytest.mark.parametrize("role", ["weight", "activation"])

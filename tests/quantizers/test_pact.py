@@ -9,7 +9,7 @@ F = np.float32
 
 
 def make(bits: int, alpha: float = 1.5, start: str = "data") -> PACTActivation:
-    quantizer = build(QuantSpec("pact", bits, "activation", start=start), 3, 1)  # type: ignore[arg-type]
+    quantizer = build(QuantSpec("pact", bits, "activation", start=start), 3, 1)
     assert isinstance(quantizer, PACTActivation)
     torch.nn.init.constant_(quantizer.alpha, alpha)
     return quantizer

@@ -8,7 +8,7 @@ EDGES = torch.tensor([-1.5, -1.0, -0.999, -0.25, -0.0, 0.0, 0.25, 0.999, 1.0, 1.
 
 
 def make(method: str, role: str, num_channels: int = 3, channel_dim: int = 0) -> Quantizer:
-    return build(QuantSpec(method, 1, role), num_channels, channel_dim)  # type: ignore[arg-type]
+    return build(QuantSpec(method, 1, role), num_channels, channel_dim)
 
 
 def gradients(quantizer: Quantizer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def test_lsq_beats_the_start_of_the_paper(bits: int, role: str):
     x = weights() if role == "weight" else activations()
     errors = {}
     for start in ("data", "paper"):
-        quantizer = build(QuantSpec("lsq", bits, role, start=start), 64, 0)  # type: ignore[arg-type]
+        quantizer = build(QuantSpec("lsq", bits, role, start=start), 64, 0)
         quantizer.calibrate(x)
         errors[start] = (quantizer(x) - x).square().mean().item()
     assert errors["data"] < errors["paper"]
@@ -46,7 +46,7 @@ def test_ewgs_beats_the_start_of_the_paper(bits: int, role: str):
     x = weights() if role == "weight" else activations()
     errors = {}
     for start in ("data", "paper"):
-        quantizer = build(QuantSpec("ewgs", bits, role, start=start), 64, 0)  # type: ignore[arg-type]
+        quantizer = build(QuantSpec("ewgs", bits, role, start=start), 64, 0)
         quantizer.calibrate(x)
         lower, upper = (quantizer.get_parameter(name).item() for name in ("lower", "upper"))
         errors[start] = error_of_grid(x, (upper - lower) / (2**bits - 1), 0, 2**bits - 1, lower)
@@ -57,7 +57,7 @@ def test_ewgs_beats_the_start_of_the_paper(bits: int, role: str):
 def test_pact_beats_the_start_of_the_paper(bits: int):
     x, errors = activations(), {}
     for start in ("data", "paper"):
-        quantizer = build(QuantSpec("pact", bits, "activation", start=start), 16, 1)  # type: ignore[arg-type]
+        quantizer = build(QuantSpec("pact", bits, "activation", start=start), 16, 1)
         quantizer.calibrate(x)
         errors[start] = (quantizer(x) - x).square().mean().item()
     assert errors["data"] < errors["paper"]
