@@ -47,27 +47,30 @@ class Cut:
         call: which run of a quantizer that runs several times.
         value: uint8 codes, or for a dynamic grid the float values.
         zero_point: what the exported codes add to the trained ones; None where ``value`` is float.
+        shape: of ``value`` without the batch, where the quantizer was moved in front of a view; None: as in PyTorch.
     """
 
     quantizer: str
     call: int
     value: ir.Value
     zero_point: int | None
+    shape: tuple[int, ...] | None = None
 
 
-def lower(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, ir.Value, int | None]:
-    """The operators that do what ``quantizer`` does to ``x``.
+def lower(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: int) -> tuple[ir.Value, Cut]:
+    """The operators that do what ``quantizer`` (its run number ``call``) does to ``x``.
 
     Returns:
-        The dequantized value; the value to compare, and its zero point (see ``Cut``).
+        The dequantized value, and where to compare.
     """
     if isinstance(quantizer, MinMax):
         value = _dynamic(builder, x, quantizer)
-        return value, value, None
+        return value, Cut(name, call, value, None)
     if isinstance(quantizer, _SIGNS):
         codes, scale, grid = _signs(builder, x, quantizer)
-        return dequantize(builder, codes, builder.constant(scale, np.float32), grid), codes, grid.zero_point
-    return _uniform(builder, x, quantizer)
+        cut = Cut(name, call, codes, grid.zero_point)
+        return dequantize(builder, codes, builder.constant(scale, np.float32), grid), cut
+    return _uniform(builder, x, quantizer, name, call)
 
 
 def dequantize(builder: Builder, codes: ir.Value, scale: ir.Value, grid: Grid) -> ir.Value:
@@ -77,7 +80,7 @@ def dequantize(builder: Builder, codes: ir.Value, scale: ir.Value, grid: Grid) -
     return value
 
 
-def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, ir.Value, int | None]:
+def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: int) -> tuple[ir.Value, Cut]:
     zero = quantizer.encode(torch.zeros(()))
     zero_point, scale = -zero.low, zero.scale.float().numpy()
     lowest, highest = 0, zero.high - zero.low
@@ -88,6 +91,8 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Va
     views: list[ir.Node] = []
     while (node := producer(x, "Relu", "Clip", *_VIEWS)) is not None and only_reader_of(x):
         if node.op_type in _VIEWS:
+            if _sizes(node.inputs[0]) is None:
+                break
             # Rounding commutes with a view; the view then moves bytes, and what is in front meets its quantizer.
             views.append(node)
         else:
@@ -99,6 +104,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Va
             lowest, highest = first, last
         assert node.inputs[0] is not None
         x = node.inputs[0]
+    x_shape = x
     behind_codes = producer(x, "DequantizeLinear") is not None
     if lower_end != 0.0:
         x = builder.node("Sub", x, builder.constant(lower_end, np.float32))
@@ -110,16 +116,23 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Va
         codes_value = builder.node(
             "Clip", codes_value, builder.constant(lowest, np.uint8), builder.constant(highest, np.uint8)
         )
-    compared = codes_value
+    cut = Cut(name, call, codes_value, zero_point, _sizes(x_shape) if views else None)
     for node in reversed(views):
         codes_value = builder.copy(node.op_type, (codes_value, *node.inputs[1:]), node.attributes)
     grid = Grid(float(scale), zero_point, lowest, highest)
-    return dequantize(builder, codes_value, builder.constant(scale, np.float32), grid), compared, zero_point
+    return dequantize(builder, codes_value, builder.constant(scale, np.float32), grid), cut
 
 
 def only_reader_of(value: ir.Value) -> bool:
     """Whether exactly one node reads ``value``."""
     return not value.is_graph_output() and len(value.uses()) == 1
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The sizes behind the batch; None where one is not known."""
+    if value is None or value.shape is None or not all(isinstance(size, int) for size in value.shape[1:]):
+        return None
+    return tuple(int(size) for size in value.shape[1:])
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:

@@ -58,11 +58,11 @@ def build(model: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> B
         if quantizer.spec.role == "activation":
             source = mark.inputs[0]
             assert source is not None
-            value, compared, zero_point = activations.lower(builder, source, quantizer)
+            value, cut = activations.lower(builder, source, quantizer, name, calls[name])
             replace(mark.outputs[0], value)
             # The weight's marker still stands: only what activations read is settled here.
             builder.graph.remove(mark, safe=True)
-            cuts.append(Cut(name, calls[name], compared, zero_point))
+            cuts.append(cut)
             calls[name] += 1
     RemoveUnusedNodesPass()(model)
     push_dequantize(builder)

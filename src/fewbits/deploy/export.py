@@ -1,0 +1,179 @@
+"""``export``: build, write beside the target, check, and only then put the file in its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import plan_of, quantizer_keys
+from ..layers import QuantLayer
+from .result import Exported, LayerRow
+
+if TYPE_CHECKING:
+    from . import onnx
+    from .graph import Normalisation
+
+ENGINES = ("onnxruntime",)
+FLOAT_BITS = 32
+
+
+def export(
+    student: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example: Tensor,
+    normalisation: Normalisation | None = None,
+    engine: str = "onnxruntime",
+    check: bool = True,
+    minimum_equal: float = 0.995,
+    class_names: Sequence[str] = (),
+) -> Exported:
+    """Write ``student`` as a file that ``engine`` runs, weights packed at their bits, and prove that it computes the same.
+
+    The file takes ``images`` (float32 in 0..1, N x C x H x W, any N) and gives ``logits``; the normalisation is inside. The
+    same student gives the same bytes. A float network is exported too, as the baseline of a comparison.
+
+    Args:
+        student: a quantized and calibrated network; it is neither changed nor moved.
+        path: ends in ``.onnx``; a file that is there is replaced once the new one is proved.
+        example: real images in 0..1, N x C x H x W; all of them serve as the proof, so 64 or more are better than one.
+        normalisation: mean and std of the pixels that the student was trained with; None if it takes pixels in 0..1.
+        engine: ``"onnxruntime"``.
+        check: whether to run the file and compare; a file that was not checked may be wrong.
+        minimum_equal: share of images that must get the same prediction; of few images one may differ.
+        class_names: go into the file's metadata.
+
+    Raises:
+        ImportError: the extra ``onnx`` is not installed.
+        ParityError: the engine computes something else; no file is left.
+        ValueError: another suffix, engine, shape or range of pixels than allowed; NaN in the student; a network that
+            cannot be followed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    target = Path(path)
+    if target.suffix != ".onnx":
+        raise ValueError(f"path must end in .onnx for engine {engine!r}, got {target.name!r}")
+    if not target.parent.is_dir():
+        raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
+    images = _check_images(example, normalisation)
+    _check_numbers(student)
+    try:
+        from . import graph, onnx, parity, sessions  # noqa: F811
+    except ImportError as error:
+        raise ImportError(
+            f'exporting needs {error.name}, which is not installed; pip install "fewbits[onnx]"', name=error.name
+        ) from error
+
+    network = copy.deepcopy(student).cpu().float().eval()
+    with torch.no_grad():
+        _check_forward(network, graph.normalise(images[:1], normalisation), images)
+    built = onnx.build(graph.trace(network, images, normalisation), network, _metadata(student, class_names))
+    data = built.proto.SerializeToString(deterministic=True)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.write_bytes(data)
+        rows: tuple[LayerRow, ...] = _layers(network, built, sessions.kernels(data)[0])
+        found = None
+        if check:
+            expected = parity.reference(network, images, normalisation, built.cuts)
+            found = parity.compare(built.proto, expected, images, built.cuts)
+            parity.check(found, minimum_equal, len(images))
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    theoretical, full = _sizes(network)
+    return Exported(
+        path=target,
+        size_bytes=len(data),
+        theoretical_bytes=theoretical,
+        float_bytes=full,
+        max_difference=found.max_difference if found else float("nan"),
+        equal_predictions=found.equal_predictions if found else float("nan"),
+        layers=rows,
+        codes=found.codes if found else (),
+    )
+
+
+def _check_images(example: Tensor, normalisation: Normalisation | None) -> Tensor:
+    if not isinstance(example, Tensor) or example.ndim != 4 or len(example) == 0:
+        shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"example must be a batch of images, N x C x H x W, got {shape}")
+    images = example.detach().cpu()
+    if images.dtype == torch.uint8 or not images.is_floating_point():
+        raise ValueError(f"example must be float images in 0..1, got {images.dtype}; divide by 255")
+    images = images.float().contiguous()
+    # Comparisons with NaN are false, so that it is refused here as well.
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError(
+            f"example must be images in 0..1, got values from {float(images.min()):.4g} to {float(images.max()):.4g}; pass "
+            "them as they are before normalisation, and the normalisation beside them"
+        )
+    if normalisation is not None and len(normalisation.mean) != images.shape[1]:
+        raise ValueError(
+            f"normalisation must have one mean and std for each of the {images.shape[1]} channels of example, got "
+            f"{len(normalisation.mean)}"
+        )
+    return images
+
+
+def _check_numbers(student: nn.Module) -> None:
+    bad = [n for n, t in student.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise ValueError(f"student holds NaN or infinite numbers in {', '.join(bad[:5])}; it cannot be exported")
+
+
+def _check_forward(network: nn.Module, normalised: Tensor, images: Tensor) -> None:
+    try:
+        network(normalised)
+    except Exception as error:  # whatever a layer says about a shape that it does not take
+        raise ValueError(
+            f"example has shape {tuple(images.shape)}, which student does not take: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _metadata(student: nn.Module, class_names: Sequence[str]) -> dict[str, str]:
+    try:
+        metadata = {"fewbits": version("fewbits")}
+    except PackageNotFoundError:  # a checkout that is not installed
+        metadata = {"fewbits": "unknown"}
+    plan = plan_of(student)
+    if plan is not None:
+        metadata["plan"] = json.dumps(asdict(plan), sort_keys=True)
+    if class_names:
+        metadata["classes"] = json.dumps(list(class_names))
+    return metadata
+
+
+def _layers(network: nn.Module, built: onnx.Built, readers: dict[str, str]) -> tuple[LayerRow, ...]:
+    rows = []
+    for site in built.sites:
+        layer = network.get_submodule(site.layer)
+        assert isinstance(layer, QuantLayer)
+        kernel = readers.get(str(site.weight.name), "?")
+        rows.append(LayerRow(site.layer, *_bits(layer), kernel, site.reason))
+    return tuple(rows)
+
+
+def _bits(layer: QuantLayer) -> tuple[int, int]:
+    weight, activation = layer.weight_quantizer, layer.input_quantizer
+    return weight.bits if weight else FLOAT_BITS, activation.bits if activation else FLOAT_BITS
+
+
+def _sizes(network: nn.Module) -> tuple[int, int]:
+    """Bytes of all parameters with each weight at its bits, and with everything but quantizers at 32."""
+    bits = {id(m.weight): _bits(m)[0] for m in network.modules() if isinstance(m, QuantLayer)}
+    own = quantizer_keys(network)
+    parameters = dict(network.named_parameters())
+    theoretical = sum(p.numel() * bits.get(id(p), FLOAT_BITS) for p in parameters.values())
+    full = sum(p.numel() * FLOAT_BITS for name, p in parameters.items() if name not in own)
+    return (theoretical + 7) // 8, full // 8

@@ -1,0 +1,175 @@
+"""The same images through PyTorch and through the engine, layer by layer.
+
+The engine's graph is cut at every tensor of activation codes. Each piece is fed PyTorch's own codes, so that a difference is
+counted in the layer that makes it and nowhere else. Engines round ties differently: at least 99.9 % of the codes have to
+be equal, and none may be off by more than one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+from .activations import Cut
+from .builder import Array
+from .graph import INPUT, OUTPUT, Normalisation, normalise
+from .result import CodeRow, ParityError
+from .sessions import open_session, outputs
+
+MINIMUM_EQUAL_CODES = 0.999
+LARGEST_STEP = 1.0
+LOGIT_TOLERANCE = 1e-2
+"""Largest difference of a logit that is fed PyTorch's own codes, as a share of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computes.
+
+    Args:
+        logits: N x classes.
+        codes: by quantizer and run: the exported codes (uint8), or for dynamic grids the float values.
+        steps: by quantizer and run: one step of the grid in units of ``codes``.
+        bits: by quantizer.
+    """
+
+    logits: Array
+    codes: dict[tuple[str, int], Array]
+    steps: dict[tuple[str, int], float]
+    bits: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was compared: see ``Exported``."""
+
+    max_difference: float
+    equal_predictions: float
+    codes: tuple[CodeRow, ...]
+
+
+@torch.no_grad()
+def reference(
+    student: nn.Module, images: Tensor, normalisation: Normalisation | None, cuts: Sequence[Cut]
+) -> Reference:
+    """Run ``student`` on ``images`` (in 0..1) and keep the codes at every cut."""
+    zero_points = {(c.quantizer, c.call): c.zero_point for c in cuts}
+    codes: dict[tuple[str, int], Array] = {}
+    steps: dict[tuple[str, int], float] = {}
+    bits: dict[str, int] = {}
+    calls: dict[str, int] = {}
+    handles = []
+
+    def record(name: str, module: Quantizer, args: tuple[Any, ...]) -> None:
+        key = (name, calls.get(name, 0))
+        calls[name] = key[1] + 1
+        if key not in zero_points:
+            return
+        found = module.encode(args[0])
+        zero_point = zero_points[key]
+        bits[name] = module.bits
+        if zero_point is None:
+            codes[key], steps[key] = found.decode().numpy(), float(found.scale)
+        else:
+            codes[key], steps[key] = (found.integers + zero_point).to(torch.uint8).numpy(), 1.0
+
+    for name, module in student.named_modules():
+        if isinstance(module, Quantizer):
+            handles.append(
+                module.register_forward_pre_hook(lambda m, args, name=name: record(name, m, args))
+            )
+    try:
+        logits = student(normalise(images, normalisation))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Reference(logits.float().numpy(), codes, steps, bits)
+
+
+def compare(model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: Sequence[Cut]) -> Parity:
+    """Run ``model`` whole and in pieces, and set both beside ``expected``."""
+    whole = outputs(open_session(model.SerializeToString()), {INPUT: images.numpy()})[OUTPUT]
+    pieces = open_session(_cut(model, expected, cuts).SerializeToString())
+    feeds = {f"{c.value.name}.in": _shaped(expected, c) for c in cuts}
+    found = outputs(pieces, {INPUT: images.numpy()} | feeds if _has_input(pieces, INPUT) else feeds)
+    rows = []
+    for cut in cuts:
+        key = (cut.quantizer, cut.call)
+        got, wanted = found[str(cut.value.name)], _shaped(expected, cut)
+        difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64)).reshape(-1) / expected.steps[key]
+        name = cut.quantizer + (f"#{cut.call + 1}" if cut.call else "")
+        # Dynamic grids are compared as values: what is nearer than half a step is the same code.
+        rows.append(CodeRow(name, expected.bits[cut.quantizer], float((difference < 0.5).mean()), float(difference.max())))
+    logits = np.abs(found[OUTPUT] - expected.logits)
+    close = logits <= LOGIT_TOLERANCE * max(float(np.abs(expected.logits).max()), 1e-6)
+    rows.append(CodeRow(OUTPUT, 32, float(close.mean()), float(logits.max())))
+    equal = (_predictions(whole) == _predictions(expected.logits)).mean()
+    return Parity(float(np.abs(whole - expected.logits).max()), float(equal), tuple(rows))
+
+
+def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
+    """Raise if the engine disagrees.
+
+    Of few images one may differ, for one is more than the share that is allowed: the layers still have to agree.
+
+    Raises:
+        ParityError: it names the worst layer and by how much it is off.
+    """
+    wrong = [
+        row
+        for row in parity.codes
+        if not row.equal >= (1.0 if row.bits == 32 else MINIMUM_EQUAL_CODES)
+        or (row.bits < 32 and row.largest > LARGEST_STEP + 0.5)
+    ]
+    if wrong:
+        worst = min(wrong, key=lambda row: row.equal)
+        raise ParityError(
+            f"the engine disagrees with PyTorch: {len(wrong)} of {len(parity.codes)} places, worst {worst.name}: "
+            f"{worst.equal:.3%} of its values are equal (at least {MINIMUM_EQUAL_CODES:.1%} have to be), largest "
+            f"difference {worst.largest:.4g}; nothing was written"
+        )
+    different = round((1 - parity.equal_predictions) * num_images)
+    if not different <= max(int((1 - minimum_equal) * num_images), 1):
+        raise ParityError(
+            f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
+            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; largest difference of a "
+            f"logit {parity.max_difference:.4g}; nothing was written"
+        )
+
+
+def _shaped(expected: Reference, cut: Cut) -> Array:
+    """Codes in PyTorch's shape; where the exporter moved a quantizer in front of a view, in the shape there."""
+    codes = expected.codes[(cut.quantizer, cut.call)]
+    return codes if cut.shape is None else codes.reshape((len(codes), *cut.shape))
+
+
+def _predictions(logits: Array) -> Array:
+    return logits.reshape(len(logits), -1).argmax(1)
+
+
+def _has_input(session: Any, name: str) -> bool:
+    return any(i.name == name for i in session.get_inputs())
+
+
+def _cut(model: onnx.ModelProto, expected: Reference, cuts: Sequence[Cut]) -> onnx.ModelProto:
+    """A copy in which every tensor of codes is an output, and what read it reads an input instead."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    names = {str(c.value.name): c for c in cuts}
+    for node in copy.graph.node:
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = f"{name}.in"
+    for name, cut in names.items():
+        kind = onnx.TensorProto.FLOAT if cut.zero_point is None else onnx.TensorProto.UINT8
+        shape = ["N", *_shaped(expected, cut).shape[1:]]
+        copy.graph.input.append(onnx.helper.make_tensor_value_info(f"{name}.in", kind, shape))
+        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return copy

@@ -1,0 +1,66 @@
+"""ONNX Runtime sessions, all made in one place: quiet, on the CPU, with a fixed number of threads."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_ERRORS_ONLY = 3
+
+
+def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    """Load ``model``.
+
+    Args:
+        model: a file, or its bytes.
+        threads: of one operator; many sessions with several threads in one process disturb each other.
+        optimized: where the engine writes the graph that it really runs.
+
+    Raises:
+        ValueError: the file is no ONNX model that this engine can run.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        source = str(model) if isinstance(model, Path) else model
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the engine raises its own types, none of them public
+        name = model.name if isinstance(model, Path) else "the model"
+        raise ValueError(f"ONNX Runtime cannot load {name}: {error}") from error
+
+
+def kernels(model: bytes) -> tuple[dict[str, str], Counter[str]]:
+    """What ONNX Runtime makes of ``model``, read from the graph that it writes after its optimizations.
+
+    Returns:
+        The operator that reads each value, by the value's name (constants that were folded keep theirs); and how often
+        each operator stands in the graph.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(model, optimized=optimized)
+        graph = onnx.load(optimized).graph
+    readers: dict[str, str] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, node.op_type)
+    return readers, Counter(node.op_type for node in graph.node)
+
+
+def outputs(session: Any, feeds: dict[str, Any]) -> dict[str, Any]:
+    """Run ``session`` once and name what it gives."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
