@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, arg, subcommand
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, PositionalRequiredArgs, subcommand
 
 from . import commands
 from .training import TrainingError
@@ -19,7 +19,9 @@ ERRORS = (ValueError, TypeError, OSError, TrainingError, ImportError, MemoryErro
 
 
 def _command(config: type, name: str, help_: str) -> Any:
-    return Annotated[config, subcommand(name=name, description=help_)]
+    command = Annotated[config, subcommand(name=name, description=help_)]
+    # A run folder is named as it is: fewbits export runs/x. What train needs are options with names.
+    return command if config is commands.Train else PositionalRequiredArgs[command]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -69,5 +71,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-__all__ = ["arg", "main", "parse"]

@@ -50,7 +50,7 @@ class Train:
         download: fetch a data set that is missing.
         hold_out: training images that replace the test split, for tuning.
         per_class: training images of each class that are kept, for little data.
-        progress: show a progress bar.
+        progress: show a progress bar; --no-progress does not.
         settings: of the training loop.
     """
 

@@ -14,28 +14,28 @@ class Settings:
         epochs: passes over the training data, all phases of the recipe together.
         batch_size: images of one optimizer step, over all processes and micro-batches.
         lr: peak learning rate of the weights.
-        optimizer: ``"sgd"`` (Nesterov momentum 0.9) or ``"adamw"``.
+        optimizer: sgd (Nesterov momentum 0.9) or adamw.
         weight_decay: L2 penalty on kernels and matrices only.
-        quantizer_lr: factor on ``lr`` for steps, ranges and thresholds.
-        helper_lr: learning rate of helpers; by default ``lr``.
-        schedule: ``"cosine"`` to zero, ``"step"`` (a tenth at each milestone) or ``"constant"``; anew in each phase.
-        milestones: of ``"step"``, as fractions of a phase.
+        quantizer_lr: factor on lr for steps, ranges and thresholds.
+        helper_lr: learning rate of helpers; by default lr.
+        schedule: cosine to zero, step (a tenth at each milestone) or constant; anew in each phase.
+        milestones: of step, as fractions of a phase.
         warmup_steps: steps of linear warm-up in each phase; at most a tenth of it is used.
         clip_grad: largest gradient norm of the trained parameters; None does not clip.
         accumulate: micro-batches that make one optimizer step.
         ema: decay of an exponential moving average of weights and steps, kept apart; None keeps none.
         bn_batches: training batches that re-estimate batch norm at the end; 0 keeps the running averages.
-        precision: ``"fp32"``, or ``"bf16"`` for automatic mixed precision.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        compile: whether to compile the objective.
-        channels_last: whether images and kernels lie in that memory format.
+        precision: fp32, or bf16 for automatic mixed precision.
+        device: auto, cpu or cuda.
+        compile: compile the objective.
+        channels_last: keep images and kernels in that memory format.
         processes: processes that must take part; fewer is an error. None takes what the launcher started.
         seed: of the data order, augmentation and dropout.
-        deterministic: whether to ask PyTorch for deterministic algorithms.
+        deterministic: ask PyTorch for deterministic algorithms.
         checkpoint_seconds: time between checkpoints; the end of an epoch makes one too.
         evaluate_every: epochs between evaluations; the last one always ends with one.
         max_bad_steps: steps in a row with a non-finite loss or gradient that end the run.
-        tensorboard: whether to write TensorBoard events beside the metrics.
+        tensorboard: write TensorBoard events beside the metrics; --no-tensorboard does not.
     """
 
     epochs: float = 3

@@ -1,0 +1,204 @@
+"""The commands, through the command line's own entry, on real digits: what they leave, print and refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewbits.cli import main
+from fewbits.commands import COMMANDS, load_run
+from fewbits.commands.train import parse_options
+from fewbits.recipes import RECIPES
+
+SHORT = ["--epochs", "2", "--batch-size", "32", "--lr", "0.1", "--warmup-steps", "5", "--per-class", "60"]
+SHORT += ["--no-progress", "--no-tensorboard"]
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "float"
+    assert run("train", "--model", "resnet20", "--data", "digits", "--recipe", "float", "--output", folder, *SHORT) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    folder = teacher.parent / "plain"
+    assert run(*student_of(teacher, folder)) == 0
+    return folder
+
+
+def student_of(teacher: Path, folder: Path, *more: object) -> list[object]:
+    bits = ["--weights", 2, "--activations", 2, "--teacher", teacher, "--output", folder]
+    return ["train", "--model", "resnet20", "--data", "digits", *bits, *SHORT, *more]
+
+
+def message(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_folder_holds_what_was_promised(student):
+    run_json = json.loads((student / "run.json").read_text())
+    assert run_json["plan"]["weights"] == 2
+    assert run_json["model"] == "resnet20"
+    assert run_json["normalisation"]["mean"]
+    assert (student / "student.safetensors").stat().st_size > 0
+    assert (student / "checkpoint" / "state.safetensors").exists()
+    events = [json.loads(line)["event"] for line in (student / "metrics.jsonl").read_text().splitlines()]
+    assert events[-1] == "end"
+    assert "evaluation" in events
+
+
+def test_the_student_starts_from_its_teacher(teacher, student):
+    records = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    first = next(r for r in records if r["event"] == "train")
+    assert first["loss"] < 2.0  # random weights start at log(10) = 2.3 or above
+    assert json.loads((student / "run.json").read_text())["start"].startswith("run float")
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"float", "plain"}))
+def test_every_recipe_trains_from_the_command_line(recipe, teacher, tmp_path):
+    assert run(*student_of(teacher, tmp_path / recipe, "--recipe", recipe, "--epochs", "0.5")) == 0
+    network, _ = load_run(tmp_path / recipe)
+    assert torch.isfinite(network(torch.zeros(1, 1, 8, 8))).all()
+
+
+def test_export_bench_summary_and_report(teacher, student, capsys):
+    pytest.importorskip("onnxruntime")
+    assert run("export", student) == 0
+    exported = json.loads((student / "export.json").read_text())
+    assert exported["size_bytes"] == (student / "student.onnx").stat().st_size < 120_000
+    assert abs(exported["accuracy_engine"] - exported["accuracy_pytorch"]) <= 0.003  # one of 360 digits
+    assert run("bench", student, "--repeats", 3, "--batch-sizes", 1, 4) == 0
+    assert {row["name"] for row in json.loads((student / "bench.json").read_text())["rows"]} == {"float", "student"}
+    assert run("summary", "--run", student) == 0
+    assert run("report", teacher, student) == 0
+    page = (teacher / "report.html").read_text()
+    assert "plain" in page
+    assert "<script src=" not in page  # self-contained
+    assert "layer1.0.conv1" in capsys.readouterr().out
+
+
+def test_resume_of_a_finished_run_changes_nothing(student, teacher):
+    before = {p: p.read_bytes() for p in student.glob("*.*")}
+    assert run(*student_of(teacher, student, "--resume")) == 0
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_resume_with_other_settings_names_them(student, teacher, capsys):
+    assert run(*student_of(teacher, student, "--resume", "--weight-decay", "0.5")) == 1
+    assert "settings.weight_decay: 0.0001 there, 0.5 now" in message(capsys)
+
+
+def test_resume_without_a_run_starts_afresh(teacher, tmp_path):
+    assert run(*student_of(teacher, tmp_path / "new", "--resume", "--epochs", "0.2")) == 0
+
+
+def test_a_folder_with_a_run_is_not_overwritten(student, teacher, capsys):
+    assert run(*student_of(teacher, student)) == 1
+    assert "already holds a run; pass --resume" in message(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "resnet21", "--data", "digits"], "did you mean resnet20"),
+        (["--model", "resnet20", "--data", "digitz"], "did you mean digits"),
+        (["--model", "resnet20", "--data", "digits", "--recipe", "qdf"], "recipe must be one of"),
+        (["--model", "resnet20", "--data", "digits", "--weights", "9"], "between 1 and 8, got 9"),
+        (["--model", "resnet20", "--data", "digits", "--weights", "0"], "between 1 and 8, got 0"),
+        (["--model", "resnet20", "--data", "digits", "--quantizer", "lsqq"], "quantizer must be one of"),
+        (["--model", "resnet20", "--data", "digits", "--keep", "nothing.*", "--scratch"], "matches no layer"),
+        (["--model", "resnet20", "--data", "digits"], "--recipe float"),
+        (["--model", "resnet20", "--data", "digits", "--recipe", "qfd", "--scratch"], "--recipe float"),
+        (["--model", "resnet20", "--data", "digits", "--teacher", "nowhere"], "does not exist"),
+        (["--model", "resnet20", "--data", "digits", "--options", "weight"], "name=value"),
+        (["--model", "resnet20", "--data", "digits", "--options", "wait=1"], "no option 'wait'"),
+        (["--model", "resnet20", "--data", "digits", "--lr", "-1"], "lr must be positive"),
+        (["--model", "resnet20", "--data", "digits", "--scratch", "--batch-size", "99999"], "batch_size"),
+        (["--model", "resnet20", "--data", "digits", "--residual", "many"], "residual must be"),
+        (["--model", "resnet20", "--data", "folder:nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments_say_what_is_allowed(arguments, said, capsys, tmp_path):
+    assert run("train", *arguments, "--output", tmp_path / "out", "--no-progress") == 1
+    assert said in message(capsys)
+    assert not (tmp_path / "out" / "student.safetensors").exists()
+
+
+def test_wrong_usage_leaves_with_two():
+    for arguments in (["trane"], ["train", "--weights", "four", "--model", "resnet20", "--data", "digits"], ["train"]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+
+
+def test_a_checkpoint_of_another_network_lists_keys_and_shapes(teacher, tmp_path, capsys):
+    file = teacher / "student.safetensors"
+    code = run("train", "--model", "vgg-small", "--data", "digits", "--checkpoint", file, "--output", tmp_path / "x")
+    assert code == 1
+    said = message(capsys)
+    assert "missing" in said
+    assert "stage1" in said
+
+
+def test_a_truncated_and_a_malicious_checkpoint_are_refused(teacher, tmp_path, capsys):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((teacher / "student.safetensors").read_bytes()[:1000])
+    evil = tmp_path / "evil.pt"
+    evil.write_bytes(b"cbuiltins\neval\n(S'open(\"" + str(tmp_path / "owned").encode() + b"\",\"w\")'\ntR.")
+    for file in (cut, evil):
+        assert run("train", "--model", "resnet20", "--data", "digits", "--checkpoint", file, "--output", tmp_path / "y") == 1
+        assert file.name in message(capsys)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_bad_image_folders_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    one = tmp_path / "one" / "cats"
+    one.mkdir(parents=True)
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(one / "a.png")
+    (tmp_path / "empty").mkdir()
+    for name in ("one", "empty"):
+        code = run("train", "--model", "resnet20", "--data", f"folder:{tmp_path / name}", "--recipe", "float",
+                   "--output", tmp_path / "z")  # fmt: skip
+        assert code == 1
+        assert name in message(capsys)
+
+
+def test_an_unfinished_run_is_not_exported(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    for command in ("export", "bench"):
+        assert run(command, tmp_path) == 1
+        assert "not finished" in message(capsys)
+    assert run("export", tmp_path / "none") == 1
+    assert "no run folder" in message(capsys)
+
+
+def test_data_and_recipes_are_listed(capsys):
+    assert run("data") == 0
+    assert run("recipes") == 0
+    printed = capsys.readouterr().out
+    for name in ("digits", "cifar10", *RECIPES):
+        assert name in printed
+
+
+def test_options_are_read_as_json():
+    assert parse_options(["bits=4", "reduction=mean"]) == {"bits": 4, "reduction": "mean"}
+
+
+def test_help_names_every_command():
+    printed = subprocess.run(
+        [sys.executable, "-m", "fewbits", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in COMMANDS:
+        assert name in printed
