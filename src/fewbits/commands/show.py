@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,15 @@ from ..training import read_json
 from ..training.folder import RUN
 from .runs import load_run
 from .train import Train, build
+
+
+WIDE = 160
+"""Columns of a table where no terminal says how wide it is: a log, a pipe."""
+
+
+def wide_console() -> Console:
+    """A console that does not fold tables into 80 columns when its output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def summary(config: Summary) -> LayerSummary:
     table = summarize(network.eval(), torch.zeros(shape))
     if config.run is not None:
         (config.run / "summary.json").write_text(json.dumps(table.to_data(), indent=2, sort_keys=True) + "\n")
-    Console().print(table.table())
+    wide_console().print(table.table())
     return table
 
 
@@ -119,7 +129,7 @@ def report(config: Report) -> Path:
     if not config.runs:
         raise ValueError("runs is empty; name at least one run folder")
     page = write_report(config.runs, config.output or config.runs[0] / "report.html")
-    console = Console()
+    console = wide_console()
     console.print(comparison(config.runs))
     console.print(f"wrote {page}", highlight=False)
     return page
