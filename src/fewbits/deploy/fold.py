@@ -13,6 +13,7 @@ import onnx_ir as ir
 from . import integer_bias
 from .activations import GRID, Grid
 from .builder import Builder, array_of, only_reader, producer, replace
+from .integer_bias import OutputGrid
 from .weights import Floats, WeightGrid, decoded, unpacked
 
 
@@ -36,11 +37,16 @@ class Site:
 
 @dataclass(frozen=True)
 class _Affine:
-    """What follows a convolution, channel by channel: ``y * factor + shift``."""
+    """What follows a convolution, channel by channel: ``y * factor + shift``.
+
+    ``centre`` and ``spread`` are what the batch norm knows about ``y`` without its bias.
+    """
 
     factor: Floats
     shift: Floats
     end: ir.Value
+    centre: Floats | None = None
+    spread: Floats | None = None
 
 
 def lower_convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
@@ -94,12 +100,14 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) 
 def _behind(y: ir.Value, bias: Floats) -> _Affine:
     """Follow a batch norm, and the shift in front of a quantizer, as far as nobody else reads what is between."""
     factor, shift = np.ones_like(bias), bias
+    centre = spread = None
     norm = only_reader(y, "BatchNormalization")
     parameters = [array_of(v) for v in norm.inputs[1:5]] if norm is not None else [None]
     if norm is not None and all(p is not None for p in parameters):
         gamma, beta, mean, variance = (np.asarray(p, np.float64) for p in parameters)
         factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
         shift = (bias - mean) * factor + beta
+        centre, spread = mean - bias, np.sqrt(variance)
         y = norm.outputs[0]
     offset = only_reader(y, "Sub")
     if offset is not None and offset.inputs[0] is y and only_reader(offset.outputs[0], "QuantizeLinear"):
@@ -107,7 +115,7 @@ def _behind(y: ir.Value, bias: Floats) -> _Affine:
         if number is not None and number.size == 1:
             shift = shift - float(number)
             y = offset.outputs[0]
-    return _Affine(factor, shift, y)
+    return _Affine(factor, shift, y, centre, spread)
 
 
 def _kind(x: ir.Value, end: ir.Value) -> str:
@@ -137,10 +145,11 @@ def _integer(
     if np.abs(bias).max() >= integer_bias.LARGEST_BIAS:
         return None
     largest = integer_bias.largest_factor(int(np.abs(grid.integers).max()), largest_input)
-    factors, whole = integer_bias.choose(bias, largest)
-    fits = np.abs(whole) < integer_bias.LARGEST_BIAS
-    factors, whole = np.where(fits, factors, 1), np.where(fits, whole, np.round(bias)).astype(np.int64)
-    scale = scale / factors
+    choice = integer_bias.choose(bias, largest, _output_grid(affine, scale, input_grid.scale))
+    fits = np.abs(choice.bias) < integer_bias.LARGEST_BIAS
+    factors = np.where(fits, choice.factor, 1)
+    whole = np.where(fits, choice.bias, np.round(bias)).astype(np.int64)
+    scale = scale / factors * np.where(fits, choice.stretch, 1.0)
     signed = np.where(silent, 0, factors * np.where(affine.factor < 0, -1, 1))
     weight = unpacked(builder, grid, signed, transposed=conv_attributes is None)
     weight_scale = builder.constant(scale, np.float32)
@@ -156,6 +165,26 @@ def _integer(
     if conv_attributes is None:
         return builder.node("Gemm", *inputs), weight
     return builder.copy("Conv", tuple(inputs), conv_attributes), weight
+
+
+def _output_grid(affine: _Affine, scale: Floats, input_scale: float) -> OutputGrid | None:
+    """The grid that a layer's result is rounded to, if it is."""
+    quantize = only_reader(affine.end, "QuantizeLinear")
+    if quantize is None:
+        return None
+    step, zero_point = array_of(quantize.inputs[1]), array_of(quantize.inputs[2])
+    assert step is not None and zero_point is not None
+    lowest, highest = 0, 255
+    clip = only_reader(quantize.outputs[0], "Clip")
+    if clip is not None:
+        lowest, highest = (int(a) for a in map(array_of, clip.inputs[1:3]) if a is not None)
+    unit = scale * input_scale
+    centre, spread = affine.centre, affine.spread
+    if centre is not None and spread is not None:
+        # From the convolution's own output to the integer sum, whose sign the batch norm may have turned.
+        per_unit = np.abs(affine.factor) / unit
+        centre, spread = centre * per_unit * np.sign(affine.factor), spread * per_unit + 1.0
+    return OutputGrid(unit / float(step), lowest - int(zero_point), highest - int(zero_point), centre, spread)
 
 
 def _float(

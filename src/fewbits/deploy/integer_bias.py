@@ -9,9 +9,19 @@ smaller, some thousandths of the original one instead of a half.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .weights import Floats, Ints
+
+_SUMS = 4096
+"""Sums that are looked at for a channel."""
+
+_GOOD_ENOUGH = 1e-6
+_REFINED = 4
+# In order of their distance from 1, so that of equals the nearest is taken.
+_STRETCHES = 1.0 + 1e-5 * np.array([0, 1, -1, 2, -2, 3, -3, 5, -5, 8, -8], np.float64)
 
 LARGEST_BIAS = 2**30
 """Leaves half of int32 to the sum of products."""
@@ -26,22 +36,117 @@ def largest_factor(largest_weight: int, largest_input: int) -> int:
     return max(fits, 1)
 
 
-def choose(bias: Floats, largest: int) -> tuple[Ints, Ints]:
+@dataclass(frozen=True)
+class OutputGrid:
+    """What a layer's result is rounded to: ``round((sum + bias) * ratio)``, clipped.
+
+    Args:
+        ratio: unit of the integer sum over step of the output, one for each channel.
+        lowest, highest: codes without the zero point, behind the integer Clip.
+        centre, spread: mean and standard deviation of the sums, from the batch norm; None where there is none.
+    """
+
+    ratio: Floats
+    lowest: int
+    highest: int
+    centre: Floats | None = None
+    spread: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One number for each channel.
+
+    Args:
+        factor: of the weight codes, from 1.
+        bias: whole, in units that are ``factor`` times smaller than the original ones.
+        stretch: what the scale is multiplied by besides, within 1e-4 of 1.
+    """
+
+    factor: Ints
+    bias: Ints
+    stretch: Floats
+
+
+def choose(bias: Floats, largest: int, output: OutputGrid | None = None) -> Choice:
     """Factors and whole biases, one for each channel.
+
+    The sum of products is a whole number, so the output codes that a channel can give are countable: among all factors
+    the one is taken that gives the most of them exactly as the true bias does, frequent ones first, and of equals the
+    nearest. Where some are still wrong, stretching the scale by a hundred-thousandth moves them to the right side.
 
     Args:
         bias: in units of input scale times weight scale, one for each channel.
         largest: see ``largest_factor``.
+        output: None where the result stays float; then only nearness counts.
 
-    Returns:
-        ``k`` from 1 to ``largest`` with the smallest ``|round(k * bias) / k - bias|``, and ``round(k * bias)``.
-
-    >>> [v.tolist() for v in choose(np.array([0.0, 0.3333, 7.5]), 63)]
-    [[1, 3, 2], [0, 1, 15]]
+    >>> choose(np.array([0.0, 0.3333, 7.5]), 63).factor.tolist()
+    [1, 3, 2]
     """
-    factors = np.arange(1, largest + 1)[:, None]
-    whole = np.round(factors * bias)
-    # A hair of preference for small factors, so that float noise does not choose among equals.
-    error = np.abs(whole / factors - bias) + 1e-9 * factors
-    best = error.argmin(0)
-    return factors[best, 0], whole[best, np.arange(len(bias))].astype(np.int64)
+    candidates = np.arange(1, largest + 1)
+    chosen = []
+    for channel, wanted in enumerate(bias):
+        k = np.concatenate([candidates, candidates])
+        rounded = np.concatenate([np.floor(candidates * wanted), np.ceil(candidates * wanted)])
+        shift = rounded / k - wanted
+        sums, share = _sums(wanted, output, channel)
+        wrong = np.zeros(k.shape) if output is None else _wrong(sums, share, shift, wanted, output.ratio[channel])
+        # A hair of preference for small factors, so that float noise does not choose among equals.
+        order = np.lexsort((np.abs(shift) + 1e-9 * k, wrong))
+        best, stretch = order[0], 1.0
+        if output is not None and wrong[best] > _GOOD_ENOUGH:
+            best, stretch = _stretched(order[:_REFINED], sums, share, shift, wanted, output.ratio[channel])
+        chosen.append((k[best], rounded[best], stretch))
+    factors, whole, stretches = zip(*chosen, strict=True)
+    return Choice(np.array(factors, np.int64), np.array(whole).astype(np.int64), np.array(stretches, np.float64))
+
+
+def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats, Floats]:
+    """Sums that no end of the output's grid cuts off (at most so many of them), and how often each comes."""
+    if output is None:
+        return np.zeros(0), np.zeros(0)
+    ratio = output.ratio[channel]
+    first = np.ceil((output.lowest - 0.5) / ratio - bias)
+    last = np.floor((output.highest + 0.5) / ratio - bias)
+    centre, spread = (first + last) / 2, (last - first) / 4 + 1e-9
+    if output.centre is not None and output.spread is not None:
+        centre, spread = output.centre[channel], output.spread[channel]
+        first, last = max(first, np.floor(centre - 4 * spread)), min(last, np.ceil(centre + 4 * spread))
+    count = int(min(last - first + 1, _SUMS))
+    if count <= 0:
+        return np.zeros(0), np.zeros(0)
+    sums = np.round(np.linspace(first, last, count))
+    share = np.exp(-0.5 * ((sums - centre) / spread) ** 2)
+    return sums, share / share.sum()
+
+
+def _wrong(sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float) -> Floats:
+    """Share of the sums that get another code when the bias is off by ``shift`` (in units of the sum)."""
+    if sums.size == 0:
+        return np.zeros(shift.shape)
+    exact = ratio * (sums + bias)
+    # How far each result is below the next rounding boundary, and above the last one.
+    room = 0.5 - (exact - np.round(exact))
+    moved = ratio * shift
+    return np.where(moved > 0, _share_within(room, share, moved), _share_within(1 - room, share, -moved))
+
+
+def _share_within(room: Floats, share: Floats, moved: Floats) -> Floats:
+    order = room.argsort()
+    total = np.concatenate([[0.0], share[order].cumsum()])
+    return total[np.searchsorted(room[order], moved)]
+
+
+def _stretched(
+    order: Ints, sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float
+) -> tuple[int, float]:
+    """The best of a few biases with a slightly longer or shorter step."""
+    exact = np.round(ratio * (sums + bias))
+    best, least, found = int(order[0]), np.inf, 1.0
+    for candidate in order:
+        moved = ratio * (sums + bias + shift[candidate])
+        wrong = (np.round(moved * _STRETCHES[:, None]) != exact) @ share
+        index = int(wrong.argmin())
+        if wrong[index] < least:
+            best, least, found = int(candidate), float(wrong[index]), float(_STRETCHES[index])
+    return best, found
