@@ -30,8 +30,12 @@ def test_python_of_the_readme_runs(number, shared_data, tmp_path, monkeypatch):
 def smaller(data):
     """A few hundred images."""
     few = data.per_class(16)
-    return few if len(few.test.labels) < 1000 else type(few)(
-        **{**vars(few), "test": few.test.subset(fb.data.draws.epoch_order(few.test.num_samples, 0, 0)[:300])}
+    return (
+        few
+        if len(few.test.labels) < 1000
+        else type(few)(
+            **{**vars(few), "test": few.test.subset(fb.data.draws.epoch_order(few.test.num_samples, 0, 0)[:300])}
+        )
     )
 
 

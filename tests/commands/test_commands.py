@@ -155,9 +155,12 @@ def test_a_truncated_and_a_malicious_checkpoint_are_refused(teacher, tmp_path, c
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((teacher / "student.safetensors").read_bytes()[:1000])
     evil = tmp_path / "evil.pt"
-    evil.write_bytes(b"cbuiltins\neval\n(S'open(\"" + str(tmp_path / "owned").encode() + b"\",\"w\")'\ntR.")
+    evil.write_bytes(b"cbuiltins\neval\n(S'open(\"" + str(tmp_path / "owned").encode() + b'","w")\'\ntR.')
     for file in (cut, evil):
-        assert run("train", "--model", "resnet20", "--data", "digits", "--checkpoint", file, "--output", tmp_path / "y") == 1
+        assert (
+            run("train", "--model", "resnet20", "--data", "digits", "--checkpoint", file, "--output", tmp_path / "y")
+            == 1
+        )
         assert file.name in message(capsys)
     assert not (tmp_path / "owned").exists()
 

@@ -123,3 +123,13 @@ def test_digits_resized():
     assert next(data.test.batches(batch_size=2, normalisation=data.normalisation))[0].shape == (2, 1, 16, 16)
     with pytest.raises(ValueError, match="image_size"):
         load("digits", image_size=0)
+
+
+def test_pixels_are_test_images_before_normalisation():
+    digits = load("digits")
+    images = digits.pixels(5)
+    assert images.shape == (5, 1, 8, 8)
+    assert torch.equal(
+        digits.normalisation.apply(images),
+        next(digits.test.batches(batch_size=5, normalisation=digits.normalisation))[0],
+    )

@@ -73,7 +73,7 @@ def export(config: Export) -> dict[str, Any]:
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
     path = config.output or config.run / "student.onnx"
-    images, _ = next(_pixels(data, PARITY_IMAGES))
+    images = data.pixels(PARITY_IMAGES)
     exported = export_student(student, path, example=images, normalisation=normalisation, engine=config.engine)
     report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
     report |= {
@@ -115,7 +115,7 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         export(Export(config.run, data_root=config.data_root))
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
-    images, _ = next(_pixels(data, max(config.batch_sizes)))
+    images = data.pixels(max(config.batch_sizes))
     float_path = config.run / "float" / "float.onnx"
     float_path.parent.mkdir(exist_ok=True)
     export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)

@@ -89,6 +89,12 @@ class Dataset:
             augment=augment,
         )
 
+    def pixels(self, num: int) -> Tensor:
+        """The first `num` test images as pixels in 0..1, N x C x H x W: what an exported file takes."""
+        plain = Normalisation.identity(self.channels)
+        images_NCHW, _ = next(self.test.batches(batch_size=num, normalisation=plain))
+        return images_NCHW
+
     def hold_out(self, num: int, seed: int = 0) -> "Dataset":
         """The same set with `num` training images held out as `test`; nothing then touches the real test images.
 

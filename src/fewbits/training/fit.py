@@ -89,6 +89,8 @@ def fit(
     settings = dataclasses.replace(settings or Settings(), **overrides)
     normalisation = normalisation or data.normalisation
     _check_outputs(student, data)
+    # An export that forgot the normalisation would be wrong without a word: it travels with the network.
+    student.__dict__["fewbits_normalisation"] = normalisation
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
     folder = None
