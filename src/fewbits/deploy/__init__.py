@@ -1,6 +1,7 @@
 """From a trained network to a file that an engine runs: small, fused to integer kernels, and proved equal."""
 
+from .bench import BenchRow, accuracy, bench
 from .export import export
 from .result import CodeRow, Exported, LayerRow, ParityError
 
-__all__ = ["CodeRow", "Exported", "LayerRow", "ParityError", "export"]
+__all__ = ["BenchRow", "CodeRow", "Exported", "LayerRow", "ParityError", "accuracy", "bench", "export"]

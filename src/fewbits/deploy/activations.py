@@ -1,7 +1,7 @@
 """Activation markers -> QuantizeLinear, integer Clip, DequantizeLinear on the trained grid.
 
-Codes are UINT8 (signed ones run about as slow as float on x86): code + zero point. Below 8 bits an integer Clip ends them at
-``2**b - 1``. A ReLU or ReLU6 in front of a quantizer becomes part of that Clip: rounding is monotone, so
+Codes are UINT8 (signed ones run about as slow as float on x86): code + zero point. Below 8 bits an integer Clip ends
+them at ``2**b - 1``. A ReLU or ReLU6 in front of a quantizer becomes part of that Clip: rounding is monotone, so
 ``code(clip(x, l, h)) = clip(code(x), code(l), code(h))`` exactly, and nothing stands between a convolution and its
 QuantizeLinear.
 """
@@ -130,9 +130,10 @@ def only_reader_of(value: ir.Value) -> bool:
 
 def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
     """The sizes behind the batch; None where one is not known."""
-    if value is None or value.shape is None or not all(isinstance(size, int) for size in value.shape[1:]):
+    if value is None or value.shape is None:
         return None
-    return tuple(int(size) for size in value.shape[1:])
+    sizes = tuple(size for size in value.shape[1:] if isinstance(size, int))
+    return sizes if len(sizes) == len(value.shape) - 1 else None
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:

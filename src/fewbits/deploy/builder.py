@@ -22,7 +22,7 @@ class Builder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._count = 0
 
-    def constant(self, array: npt.ArrayLike, dtype: npt.DTypeLike = None, name: str | None = None) -> ir.Value:
+    def constant(self, array: npt.ArrayLike, dtype: npt.DTypeLike | None = None, name: str | None = None) -> ir.Value:
         """An initializer; one that holds the same bytes in the same shape is used again."""
         data = np.ascontiguousarray(array, dtype) if np.ndim(array) else np.asarray(array, dtype)
         key = (data.dtype.str, data.shape, data.tobytes())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..convert import plan_of, quantizer_keys
 from ..layers import QuantLayer
 from .result import Exported, LayerRow
+from .sessions import missing
 
 if TYPE_CHECKING:
     from . import onnx
@@ -37,10 +38,10 @@ def export(
     minimum_equal: float = 0.995,
     class_names: Sequence[str] = (),
 ) -> Exported:
-    """Write ``student`` as a file that ``engine`` runs, weights packed at their bits, and prove that it computes the same.
+    """Write ``student`` as a file for ``engine``, weights packed at their bits, and prove that it computes the same.
 
-    The file takes ``images`` (float32 in 0..1, N x C x H x W, any N) and gives ``logits``; the normalisation is inside. The
-    same student gives the same bytes. A float network is exported too, as the baseline of a comparison.
+    The file takes ``images`` (float32 in 0..1, N x C x H x W, any N) and gives ``logits``; the normalisation is inside.
+    The same student gives the same bytes. A float network is exported too, as the baseline of a comparison.
 
     Args:
         student: a quantized and calibrated network; it is neither changed nor moved.
@@ -68,11 +69,9 @@ def export(
     images = _check_images(example, normalisation)
     _check_numbers(student)
     try:
-        from . import graph, onnx, parity, sessions  # noqa: F811
+        from . import graph, onnx, parity, sessions
     except ImportError as error:
-        raise ImportError(
-            f'exporting needs {error.name}, which is not installed; pip install "fewbits[onnx]"', name=error.name
-        ) from error
+        raise missing(error) from error
 
     network = copy.deepcopy(student).cpu().float().eval()
     with torch.no_grad():
@@ -105,9 +104,8 @@ def export(
 
 
 def _check_images(example: Tensor, normalisation: Normalisation | None) -> Tensor:
-    if not isinstance(example, Tensor) or example.ndim != 4 or len(example) == 0:
-        shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"example must be a batch of images, N x C x H x W, got {shape}")
+    if example.ndim != 4 or len(example) == 0:
+        raise ValueError(f"example must be a batch of images, N x C x H x W, got {tuple(example.shape)}")
     images = example.detach().cpu()
     if images.dtype == torch.uint8 or not images.is_floating_point():
         raise ValueError(f"example must be float images in 0..1, got {images.dtype}; divide by 255")
@@ -115,8 +113,8 @@ def _check_images(example: Tensor, normalisation: Normalisation | None) -> Tenso
     # Comparisons with NaN are false, so that it is refused here as well.
     if not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError(
-            f"example must be images in 0..1, got values from {float(images.min()):.4g} to {float(images.max()):.4g}; pass "
-            "them as they are before normalisation, and the normalisation beside them"
+            f"example must be images in 0..1, got values from {float(images.min()):.4g} to {float(images.max()):.4g}; "
+            "pass them as they are before normalisation, and the normalisation beside them"
         )
     if normalisation is not None and len(normalisation.mean) != images.shape[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Quantized convolutions and linear layers: packed weights, batch norm and bias folded into scales and an int32 bias."""
+"""Quantized convolutions and linear layers: packed weights; batch norm and bias become scales and an int32 bias."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .activations import GRID, Grid
 from .builder import Builder, array_of, only_reader, producer, replace
 from .integer_bias import OutputGrid
 from .weights import Floats, WeightGrid, decoded, unpacked
-
 
 Attributes = Mapping[str, Any]
 
@@ -82,7 +81,7 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) 
         shift = np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64)
         made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None)
         if made is None:
-            raise ValueError(f"layer {layer}: a bias of {abs(shift).max():.3g} does not fit into int32 beside its scales")
+            raise ValueError(f"layer {layer}: a bias of {abs(shift).max():.3g} is beyond int32 beside its scales")
         product, weight = made
         bias = None
     else:
@@ -90,7 +89,8 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) 
         weight = unpacked(builder, grid, transposed=True)
         scale = grid.scale[0] if grid.scale.size == 1 else grid.scale
         axis = {} if grid.scale.size == 1 else {"axis": 1}
-        product = builder.node("MatMul", x, builder.node("DequantizeLinear", weight, builder.constant(scale, np.float32), **axis))
+        dequantized = builder.node("DequantizeLinear", weight, builder.constant(scale, np.float32), **axis)
+        product = builder.node("MatMul", x, dequantized)
     if bias is not None:
         product = builder.node("Add", product, builder.constant(bias, np.float32))
     replace(node.outputs[0], product)
@@ -173,7 +173,8 @@ def _output_grid(affine: _Affine, scale: Floats, input_scale: float) -> OutputGr
     if quantize is None:
         return None
     step, zero_point = array_of(quantize.inputs[1]), array_of(quantize.inputs[2])
-    assert step is not None and zero_point is not None
+    assert step is not None
+    assert zero_point is not None
     lowest, highest = 0, 255
     clip = only_reader(quantize.outputs[0], "Clip")
     if clip is not None:

@@ -1,7 +1,7 @@
 """From a trained student to a graph with markers, the common start of every engine.
 
-Each quantizer becomes one node ``fewbits::Mark(x)`` that carries the quantizer's qualified name; everything around it is
-standard ONNX. An engine's builder replaces the markers by what that engine makes fast.
+Each quantizer becomes one node ``fewbits::Mark(x)`` that carries the quantizer's qualified name; everything around it
+is standard ONNX. An engine's builder replaces the markers by what that engine makes fast.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Marker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Numbered, or the exporter would merge two runs of one quantizer on the same value.
-        attributes = {"quantizer": self.name, "call": next(self.calls)}
+        attributes: dict[str, Any] = {"quantizer": self.name, "call": next(self.calls)}
         return torch.onnx.ops.symbolic(f"{DOMAIN}::{MARK}", (x,), attributes, dtype=x.dtype, shape=x.shape)
 
 
@@ -58,8 +58,8 @@ def normalise(images: Tensor, normalisation: Normalisation | None) -> Tensor:
     """``(images - mean) / std``, the two operations that stand in the exported graph as well."""
     if normalisation is None:
         return images
-    mean, std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (normalisation.mean, normalisation.std))
-    return (images - mean) / std
+    mean, std = (torch.tensor(v, dtype=torch.float32) for v in (normalisation.mean, normalisation.std))
+    return (images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
 
 def trace(student: nn.Module, example: Tensor, normalisation: Normalisation | None) -> ir.Model:

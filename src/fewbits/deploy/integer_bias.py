@@ -1,10 +1,10 @@
 """An int32 bias that is fine enough for 2-bit codes.
 
-An engine adds the bias to the integer sum, in units of ``input scale * weight scale``. At 2 bits such a unit is several steps
-of an 8-bit output, so that rounding the bias to whole units would move most codes. But int8 weights have room: 2-bit
-codes times a whole number up to 63 still fit, and shrink the unit as much. And of all factors ``k`` of a channel the best
-makes ``k * bias`` almost whole: by Dirichlet's theorem the rest is below ``1 / (k_max + 1)`` of a unit that is ``k`` times
-smaller, some thousandths of the original one instead of a half.
+An engine adds the bias to the integer sum, in units of ``input scale * weight scale``. At 2 bits such a unit is several
+steps of an 8-bit output, so that rounding the bias to whole units would move most codes. But int8 weights have room:
+2-bit codes times a whole number up to 63 still fit, and shrink the unit as much. And of all factors ``k`` of a channel
+the best makes ``k * bias`` almost whole: by Dirichlet's theorem the rest is below ``1 / (k_max + 1)`` of a unit that is
+``k`` times smaller, some thousandths of the original one instead of a half.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats,
     if count <= 0:
         return np.zeros(0), np.zeros(0)
     sums = np.round(np.linspace(first, last, count))
-    share = np.exp(-0.5 * ((sums - centre) / spread) ** 2)
+    share: Floats = np.exp(-0.5 * ((sums - centre) / spread) ** 2).astype(np.float64)
     return sums, share / share.sum()
 
 
@@ -137,9 +137,7 @@ def _share_within(room: Floats, share: Floats, moved: Floats) -> Floats:
     return total[np.searchsorted(room[order], moved)]
 
 
-def _stretched(
-    order: Ints, sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float
-) -> tuple[int, float]:
+def _stretched(order: Ints, sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float) -> tuple[int, float]:
     """The best of a few biases with a slightly longer or shorter step."""
     exact = np.round(ratio * (sums + bias))
     best, least, found = int(order[0]), np.inf, 1.0

@@ -1,8 +1,8 @@
 """Data movement happens on codes: DequantizeLinear is pushed behind what only moves, pads or compares values.
 
-A slice, a zero padding or a max pooling between a DequantizeLinear and an addition would leave the addition's operand in float, and
-ONNX Runtime would add in float. On codes the same operators move a quarter of the bytes, are exact, and the
-DequantizeLinear stands directly in front of the addition.
+A slice, a zero padding or a max pooling between a DequantizeLinear and an addition would leave the addition's operand
+in float, and ONNX Runtime would add in float. On codes the same operators move a quarter of the bytes, are exact, and
+the DequantizeLinear stands directly in front of the addition.
 """
 
 from __future__ import annotations

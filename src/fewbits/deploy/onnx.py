@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import nn
 from ..quantizers import Quantizer
 from . import activations, fold, weights
 from .activations import Cut
-from .builder import Builder, array_of, producer, replace
+from .builder import Builder, array_of, replace
 from .compact import compact
 from .fold import Site
 from .graph import MARK
@@ -74,7 +73,8 @@ def build(model: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> B
     for mark in marks:
         if mark.graph is not None:
             builder.graph.remove(mark)
-    return Built(compact(model, metadata, keep=[*(c.value for c in cuts), *(s.weight for s in sites)]), tuple(cuts), tuple(sites))
+    proto = compact(model, metadata, keep=[*(c.value for c in cuts), *(s.weight for s in sites)])
+    return Built(proto, tuple(cuts), tuple(sites))
 
 
 def _weights(builder: Builder, mark: ir.Node, quantizer: Quantizer, name: str) -> list[Site]:

@@ -1,8 +1,8 @@
 """Codes <-> bytes: ``n`` codes of ``b`` bits take ``ceil(n * b / 8)`` bytes, whatever ``b`` is.
 
-One dense layout for all widths: code ``i`` occupies bits ``i * b`` to ``i * b + b - 1`` of the stream, lowest bit first, and
-bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8`` (little-endian, as ``numpy.packbits(bitorder="little")``). For 1, 2,
-4 and 8 bits no code crosses a byte, so that one shift and one mask unpack it.
+One dense layout for all widths: code ``i`` occupies bits ``i * b`` to ``i * b + b - 1`` of the stream, lowest bit first,
+and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8`` (little-endian, as
+``numpy.packbits(bitorder="little")``). For 1, 2, 4 and 8 bits no code crosses a byte: one shift and one mask unpack it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def pack(codes: npt.ArrayLike, bits: int) -> Bytes:
     flat = np.asarray(codes).reshape(-1)
     if flat.size and not (np.issubdtype(flat.dtype, np.integer) and flat.min() >= 0 and flat.max() < 2**bits):
         raise ValueError(
-            f"codes must be whole numbers from 0 to {2**bits - 1} for bits={bits}, got {flat.dtype} from {flat.min()} to "
-            f"{flat.max()}; subtract the smallest code first"
+            f"codes must be whole numbers from 0 to {2**bits - 1} for bits={bits}, got {flat.dtype} from {flat.min()} "
+            f"to {flat.max()}; subtract the smallest code first"
         )
     stream = np.unpackbits(flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(stream.reshape(-1), bitorder="little")
@@ -61,7 +61,7 @@ def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
     _check_bits(bits)
     if packed.size != packed_size(count, bits):
         raise ValueError(
-            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, got {packed.size}; the file is damaged"
+            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, got {packed.size}: damaged?"
         )
     stream = np.unpackbits(packed.reshape(-1), count=count * bits, bitorder="little")
     return np.packbits(stream.reshape(count, bits), axis=1, bitorder="little").reshape(-1)

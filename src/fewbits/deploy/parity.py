@@ -1,8 +1,8 @@
 """The same images through PyTorch and through the engine, layer by layer.
 
-The engine's graph is cut at every tensor of activation codes. Each piece is fed PyTorch's own codes, so that a difference is
-counted in the layer that makes it and nowhere else. Engines round ties differently: at least 99.9 % of the codes have to
-be equal, and none may be off by more than one step.
+The engine's graph is cut at every tensor of activation codes. Each piece is fed PyTorch's own codes, so that a
+difference is counted in the layer that makes it and nowhere else. Engines round ties differently: at least 99.9 % of
+the codes have to be equal, and none may be off by more than one step.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def reference(
 
     for name, module in student.named_modules():
         if isinstance(module, Quantizer):
-            handles.append(
-                module.register_forward_pre_hook(lambda m, args, name=name: record(name, m, args))
-            )
+            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: record(name, m, args)))
     try:
         logits = student(normalise(images, normalisation))
     finally:
@@ -106,12 +104,13 @@ def compare(model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: S
         difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64)).reshape(-1) / expected.steps[key]
         name = cut.quantizer + (f"#{cut.call + 1}" if cut.call else "")
         # Dynamic grids are compared as values: what is nearer than half a step is the same code.
-        rows.append(CodeRow(name, expected.bits[cut.quantizer], float((difference < 0.5).mean()), float(difference.max())))
+        equal, largest = float((difference < 0.5).mean()), float(difference.max())
+        rows.append(CodeRow(name, expected.bits[cut.quantizer], equal, largest))
     logits = np.abs(found[OUTPUT] - expected.logits)
     close = logits <= LOGIT_TOLERANCE * max(float(np.abs(expected.logits).max()), 1e-6)
     rows.append(CodeRow(OUTPUT, 32, float(close.mean()), float(logits.max())))
-    equal = (_predictions(whole) == _predictions(expected.logits)).mean()
-    return Parity(float(np.abs(whole - expected.logits).max()), float(equal), tuple(rows))
+    predicted = (_predictions(whole) == _predictions(expected.logits)).mean()
+    return Parity(float(np.abs(whole - expected.logits).max()), float(predicted), tuple(rows))
 
 
 def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
@@ -139,8 +138,8 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
     if not different <= max(int((1 - minimum_equal) * num_images), 1):
         raise ParityError(
             f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
-            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; largest difference of a "
-            f"logit {parity.max_difference:.4g}; nothing was written"
+            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; largest difference "
+            f"of a logit {parity.max_difference:.4g}; nothing was written"
         )
 
 

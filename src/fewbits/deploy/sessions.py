@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 _ERRORS_ONLY = 3
 
 
-def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+def missing(error: ImportError) -> ImportError:
+    """The error that says which extra to install."""
+    return ImportError(f'this needs {error.name}, which is not installed; pip install "fewbits[onnx]"', name=error.name)
+
+
+def open_session(
+    model: bytes | Path, *, threads: int = 1, optimized: Path | None = None
+) -> onnxruntime.InferenceSession:
     """Load ``model``.
 
     Args:
@@ -22,9 +29,13 @@ def open_session(model: bytes | Path, *, threads: int = 1, optimized: Path | Non
         optimized: where the engine writes the graph that it really runs.
 
     Raises:
+        ImportError: the extra ``onnx`` is not installed.
         ValueError: the file is no ONNX model that this engine can run.
     """
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing(error) from error
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

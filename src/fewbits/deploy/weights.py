@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from ..quantizers import Quantizer
-from .builder import Array, Builder
+from .builder import Builder
 from .packing import pack
 
 Ints = npt.NDArray[np.int64]
