@@ -12,9 +12,10 @@ from rich.console import Console
 from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, PositionalRequiredArgs, subcommand
 
 from . import commands
+from .deploy import ParityError
 from .training import TrainingError
 
-ERRORS = (ValueError, TypeError, OSError, TrainingError, ImportError, MemoryError)
+ERRORS = (ValueError, TypeError, OSError, TrainingError, ParityError, ImportError, MemoryError)
 """What a user can cause: one clear line and exit code 1, no traceback. Wrong usage is exit code 2."""
 
 
