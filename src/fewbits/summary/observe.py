@@ -77,7 +77,7 @@ class Seen:
 
 class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, image: Tensor, seen: Seen) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen = seen
         self.stack: list[tuple[str, nn.Module]] = []
         # Views share storage, so marks on storages survive views and writes in place. Parameters of a mapped
