@@ -1,5 +1,42 @@
-"""Quantize, teach, ship: vision networks on 8 to 1 bits, taught by the full-precision network they came from."""
+"""Low-bit vision networks, taught by the float network they came from: quantize, teach, ship."""
 
+from . import data, models, quantizers, recipes
+from .convert import Plan, Rule, calibrate, float_state, quantize
+from .deploy import Exported, ParityError, export
+from .distill import Losses, Networks, Objective
+from .quantizers import Codes, Quantizer, QuantSpec
+from .recipes import Recipe
+from .report import report
+from .summary import Summary, summarize
+from .training import Result, Settings, TrainingError, accuracy, fit
+
+__all__ = [
+    "Codes",
+    "Exported",
+    "Losses",
+    "Networks",
+    "Objective",
+    "ParityError",
+    "Plan",
+    "QuantSpec",
+    "Quantizer",
+    "Recipe",
+    "Result",
+    "Rule",
+    "Settings",
+    "Summary",
+    "TrainingError",
+    "accuracy",
+    "calibrate",
+    "data",
+    "export",
+    "fit",
+    "float_state",
+    "models",
+    "quantize",
+    "quantizers",
+    "recipes",
+    "report",
+    "summarize",
+]
 __version__ = "0.1.0"
-
-__all__: list[str] = ["__version__"]
