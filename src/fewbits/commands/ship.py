@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,7 @@ def export(config: Export) -> dict[str, Any]:
         "accuracy_pytorch": accuracy(student, data.test.batches(batch_size=500, normalisation=normalisation)),
         "accuracy_engine": engine_accuracy(path, _pixels(data, 500)),
     }
+    report |= {"format": 1, "num_images": PARITY_IMAGES, "machine": machine()}
     report.pop("path", None)
     (config.run / "export.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     Console().print(_export_table(report), highlight=False)
@@ -116,18 +121,20 @@ def bench(config: Bench) -> list[dict[str, Any]]:
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
     images = data.pixels(max(config.batch_sizes))
-    float_path = config.run / "float" / "float.onnx"
-    float_path.parent.mkdir(exist_ok=True)
-    export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
-    rows = bench_files(
-        {"float": float_path, "student": path},
-        images,
-        threads=config.threads,
-        batch_sizes=config.batch_sizes,
-        repeats=config.repeats,
-    )
+    # The run folder's own file stays the only one of its kind there: the float network is measured from elsewhere.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        float_path = Path(elsewhere) / "float.onnx"
+        export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
+        rows = bench_files(
+            {"float": float_path, "student": path},
+            images,
+            threads=config.threads,
+            batch_sizes=config.batch_sizes,
+            repeats=config.repeats,
+        )
     entries = [asdict(row) for row in rows]
-    (config.run / "bench.json").write_text(json.dumps({"rows": entries}, indent=2, sort_keys=True) + "\n")
+    measured = {"format": 1, "machine": machine(), "rows": entries}
+    (config.run / "bench.json").write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n")
     table = Table("network", "batch", "threads", "latency, ms", "ratio to float", "size, bytes", "load, ms")
     for row in entries:
         table.add_row(
@@ -145,6 +152,19 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         if row["name"] != "float" and row["ratio"] > 1:
             console.print(f"At batch {row['batch_size']} the low-bit network is slower than float on this machine.")
     return entries
+
+
+def machine() -> dict[str, Any]:
+    """What ran a measurement: processor, cores, engine."""
+    model = next(
+        (line.split(":")[1].strip() for line in _processor() if line.startswith("model name")), platform.machine()
+    )
+    return {"processor": model, "cores": os.cpu_count(), "onnxruntime": version("onnxruntime")}
+
+
+def _processor() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def float_network(folder: Path, student: nn.Module) -> nn.Module:
