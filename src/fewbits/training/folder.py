@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_file
+from .checkpoint import FILE, write_file
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -35,11 +35,11 @@ def as_data(value: Any) -> Any:
 
 
 class RunFolder:
-    """Opens a folder for one run, and refuses to mix two.
+    """A folder for one run, that refuses to mix two. Nothing is written before ``begin``.
 
     Args:
-        path: the folder; made if it is not there.
-        description: what made the run; becomes ``run.json``.
+        path: the folder; it need not be there.
+        description: what makes the run; becomes ``run.json``.
         resume: whether a run that is there may be continued.
 
     Raises:
@@ -48,19 +48,29 @@ class RunFolder:
 
     def __init__(self, path: Path, description: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
-        described = json.loads(json.dumps(as_data(dict(description)), sort_keys=True))
-        existing = read_json(path / RUN) if (path / RUN).exists() else None
-        if existing is not None:
-            if not resume:
+        self._described = json.loads(json.dumps(as_data(dict(description)), sort_keys=True))
+        if path.exists() and any(path.iterdir()) and not resume:
+            if (path / RUN).exists():
                 raise ValueError(
                     f"output folder {path} already holds a run; pass --resume to continue it, or choose another folder"
                 )
-            _check_same(existing, described, path)
-        elif path.exists() and any(path.iterdir()) and not resume:
             raise ValueError(f"output folder {path} is not empty and holds no run; choose another folder")
-        path.mkdir(parents=True, exist_ok=True)
-        if existing is None:
-            write_file(path / RUN, (json.dumps(described, indent=2, sort_keys=True) + "\n").encode())
+        if self._is_started:
+            _check_same(read_json(path / RUN), self._described, path)
+
+    def begin(self, step: int) -> None:
+        """Make the folder ready to go on behind ``step``, or afresh."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for litter in [*self.path.glob(".*.part"), *self.checkpoint.glob(".*.part")]:
+            litter.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        if not self._is_started:
+            write_file(self.path / RUN, (json.dumps(self._described, indent=2, sort_keys=True) + "\n").encode())
+        self._forget_after(step)
+
+    @property
+    def _is_started(self) -> bool:
+        """Whether there is anything to continue; a run that never got to its first checkpoint starts afresh."""
+        return self.is_finished or (self.checkpoint / FILE).exists()
 
     @property
     def checkpoint(self) -> Path:
@@ -76,9 +86,9 @@ class RunFolder:
         """All records so far."""
         return read_metrics(self.path)
 
-    def forget_after(self, step: int) -> None:
-        """Drop records of steps that a resumed run takes again."""
-        kept = [record for record in self.metrics() if record["step"] <= step]
+    def _forget_after(self, step: int) -> None:
+        """Drop records of what a resumed run does again: later steps, and the end."""
+        kept = [record for record in self.metrics() if record["step"] <= step and record["event"] != "end"]
         content = "".join(json.dumps(record, sort_keys=True) + "\n" for record in kept)
         write_file(self.path / METRICS, content.encode())
 

@@ -42,7 +42,7 @@ from .settings import Settings
 EVALUATION_BATCH = 500
 CALIBRATION_BATCHES = 2
 LOG_EVERY = 50
-"""Steps between records of the loss."""
+"""Most steps between records of the loss; a short epoch has four."""
 
 
 @dataclass
@@ -124,17 +124,25 @@ class Loop:
         checkpoint = load_checkpoint(self.folder.checkpoint) if self.folder else None
         if checkpoint is not None:
             self._position = _Position(**checkpoint.values["position"])
-        if self.folder is not None and self._is_main:
-            self.folder.forget_after(self._position.total_step)
-        networks = self._networks_before(checkpoint)
+        first = self._position.phase
+        objective = self._objective(first, self._networks_before(checkpoint), checkpoint)
+        if self.folder is not None:
+            # All processes have looked into the folder before the first one writes there.
+            self._accelerator.wait_for_everyone()
+            if self._is_main:
+                self.folder.begin(self._position.total_step)
         self._display = Display(self.recipe.name, num_steps, self._position.total_step, self.shown and self._is_main)
         with self._display, self._tensorboard() as self._events:
             self._started = self._saved = time.monotonic()
-            for index in range(self._position.phase, len(phases)):
-                networks = self._run_phase(index, networks, checkpoint)
-                checkpoint = None
-            assert networks is not None
-            return self._finish(networks)
+            for index in range(first, len(phases)):
+                if index > first:
+                    objective, checkpoint = self._objective(index, objective.networks, None), None
+                try:
+                    self._train_phase(objective, phases[index], checkpoint)
+                finally:
+                    # Also after an interruption: the networks belong to the caller, who may pass them again.
+                    objective.close()
+            return self._finish(objective.networks)
 
     def _networks_before(self, checkpoint: Checkpoint | None) -> Networks | None:
         """Replay the structure of the phases that a checkpoint has behind it; None at the very start."""
@@ -146,38 +154,36 @@ class Loop:
             networks = self.recipe.begin(self.student, self.teacher, example=example, phase=index, networks=networks)
         return networks
 
-    def _run_phase(self, index: int, networks: Networks | None, checkpoint: Checkpoint | None) -> Networks:
-        phase, settings = self.recipe.phases()[index], self.settings
+    def _objective(self, index: int, networks: Networks | None, checkpoint: Checkpoint | None) -> Objective:
+        """The objective of a phase: begun from real images, or loaded."""
+        phase = self.recipe.phases()[index]
         if checkpoint is None:
             self._position.phase, self._position.step = index, 0
-            objective = self.recipe.objective(
+            return self.recipe.objective(
                 self.student, self.teacher, batches=self._calibration_batches(), phase=index, networks=networks
             )
-        else:
-            assert networks is not None
-            objective = Objective(networks, phase)
+        assert networks is not None
+        objective = Objective(networks, phase)
+        try:
             load_networks(networks, checkpoint.part("networks"))
-        networks = objective.networks
-        optimizer = make_optimizer(objective, settings)
-        guard = StepGuard(networks, settings.max_bad_steps)
-        if settings.ema is not None and index == len(self._phase_steps) - 1:
-            self._ema = MovingAverage(networks.student, settings.ema)
-        if checkpoint is not None:
-            load_optimizer_state(optimizer, checkpoint.part("optimizer"), checkpoint.values["optimizer"])
-            guard.in_a_row, guard.skipped = self._position.bad_in_a_row, self._position.skipped
-            if self._ema is not None:
-                self._ema.averages = {n: t.to(self._device) for n, t in checkpoint.part("ema").items()}
-        else:
-            guard.skipped = self._position.skipped
-        self._train_phase(objective, phase, optimizer, guard)
-        objective.close()
-        return networks
+        except ValueError:
+            objective.close()
+            raise
+        return objective
 
-    def _train_phase(
-        self, objective: Objective, phase: Phase, optimizer: torch.optim.Optimizer, guard: StepGuard
-    ) -> None:
+    def _train_phase(self, objective: Objective, phase: Phase, checkpoint: Checkpoint | None) -> None:
         settings, position = self.settings, self._position
         num_steps = self._phase_steps[position.phase]
+        optimizer = make_optimizer(objective, settings)
+        guard = StepGuard(objective.networks, settings.max_bad_steps)
+        guard.skipped = position.skipped
+        if settings.ema is not None and position.phase == len(self._phase_steps) - 1:
+            self._ema = MovingAverage(objective.networks.student, settings.ema)
+        if checkpoint is not None:
+            load_optimizer_state(optimizer, checkpoint.part("optimizer"), checkpoint.values["optimizer"])
+            guard.in_a_row = position.bad_in_a_row
+            if self._ema is not None:
+                self._ema.averages = {n: t.to(self._device) for n, t in checkpoint.part("ema").items()}
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
         model = self._prepared(objective)
         batches = self._batches(position.total_step)
@@ -236,7 +242,7 @@ class Loop:
         """Records, evaluation and checkpoint, where it is time for them."""
         settings, position = self.settings, self._position
         ends_epoch = position.total_step % self._steps_per_epoch == 0
-        if position.step == 1 or position.total_step % LOG_EVERY == 0:
+        if position.step == 1 or position.total_step % min(LOG_EVERY, max(self._steps_per_epoch // 4, 1)) == 0:
             terms = {f"loss/{name}": float(value) for name, value in losses.terms.items()}
             self._record("train", phase.name, {"loss": float(loss), "lr": settings.lr * factor, **terms})
         epoch = position.total_step // self._steps_per_epoch
@@ -244,7 +250,8 @@ class Loop:
             reached = self._evaluate(objective.taught)
             if objective.taught is objective.networks.student:
                 position.best_accuracy = max(position.best_accuracy, reached)
-            self._record("evaluation", phase.name, {"accuracy": reached})
+            network = "student" if objective.taught is objective.networks.student else "teacher"
+            self._record("evaluation", phase.name, {"accuracy": reached, "network": network})
             self._display.say(
                 f"{phase.name}, epoch {position.total_step / self._steps_per_epoch:.2f}: "
                 f"accuracy {100 * reached:.2f} %, loss {float(loss):.3f}"
@@ -315,7 +322,8 @@ class Loop:
         epoch = step / self._steps_per_epoch
         self.folder.record({"event": event, "phase": phase, "step": step, "epoch": epoch, **values})
         if self._events is not None:
-            for name, value in values.items():
+            numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+            for name, value in numbers.items():
                 self._events.add_scalar(f"{phase}/{name}", value, step)
 
     @contextlib.contextmanager

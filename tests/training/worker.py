@@ -1,0 +1,133 @@
+"""What the tests of training share: a tiny network, a part of the digits, and a run that is also a script.
+
+A run in a process of its own (to be killed, or one of several) must do what the same run does in the test's process:
+both come from ``train``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.convert import quantize
+from fewbits.data import Dataset, load
+from fewbits.recipes import make
+from fewbits.training import Result, fit
+
+BATCH_SIZE = 16
+NUM_TRAIN = 96  # six batches
+NUM_TEST = 50
+SETTINGS: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": BATCH_SIZE,
+    "lr": 0.05,
+    "warmup_steps": 2,
+    "bn_batches": 2,
+    "tensorboard": False,
+    "device": "cpu",
+}
+
+
+class Net(nn.Module):
+    """Two convolutions, batch norm unless ``norm`` is off, a residual addition, dropout, a classifier."""
+
+    def __init__(self, *, norm: bool = True, dropout: float = 0.0, width: int = 6, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=not norm)
+        self.bn1 = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
+        self.bn2 = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)) + x)
+        return self.fc(self.dropout(torch.flatten(self.pool(x), 1)))
+
+
+def network(seed: int = 0, **shape: Any) -> Net:
+    """A ``Net`` with the weights of ``seed``."""
+    torch.manual_seed(seed)
+    return Net(**shape)
+
+
+def part_of_digits(num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Dataset:
+    """The first training and test images, with the digits' augmentation."""
+    data = load("digits")
+    train, test = data.train.subset(torch.arange(num_train)), data.test.subset(torch.arange(num_test))
+    return replace(data, train=train, test=test)
+
+
+def train(
+    recipe: str = "plain",
+    output: Path | str | None = None,
+    *,
+    resume: bool = False,
+    shape: dict[str, Any] | None = None,
+    data: Dataset | None = None,
+    **settings: Any,
+) -> Result:
+    """A run from the seed on: equal arguments make equal runs, in whatever process."""
+    teacher = network(1, **(shape or {}))
+    student = network(0, **(shape or {}))
+    method = make(recipe)
+    if method.quantized:
+        student = quantize(student, weights=3, activations=3)
+    return fit(
+        student,
+        teacher if method.teacher.needs_teacher else None,
+        recipe=method,
+        data=data or part_of_digits(),
+        output=output,
+        resume=resume,
+        progress=False,
+        **SETTINGS | settings,
+    )
+
+
+def hold_write(number: int) -> None:
+    """Let the ``number``-th write of a checkpoint hang with its file half there, for the test to kill it."""
+    fsync, seen = os.fsync, 0
+
+    def held(handle: int) -> None:
+        nonlocal seen
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        seen += "state.safetensors" in name
+        if seen == number:
+            os.ftruncate(handle, os.fstat(handle).st_size // 2)
+            Path(name).parent.joinpath("held").touch()
+            time.sleep(600)
+        fsync(handle)
+
+    os.fsync = held
+
+
+def main(argument: str) -> int:
+    """Run what a JSON object says."""
+    config = json.loads(argument)
+    torch.set_num_threads(1)
+    if "hold_write" in config:
+        hold_write(config.pop("hold_write"))
+    data = part_of_digits(config.pop("num_train", NUM_TRAIN), config.pop("num_test", NUM_TEST))
+    try:
+        result = train(data=data, **config)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(json.dumps({"accuracy": result.accuracy, "skipped_steps": result.skipped_steps}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
