@@ -11,12 +11,20 @@ import numpy as np
 import onnx_ir as ir
 
 from . import integer_bias
-from .activations import GRID, Grid
+from .activations import GRID, Grid, dequantize
 from .builder import Builder, array_of, only_reader, producer, replace
 from .integer_bias import OutputGrid
 from .weights import Floats, WeightGrid, decoded, unpacked
 
 Attributes = Mapping[str, Any]
+
+
+STEM_CHANNELS, STEM_COPIES = 4, 8
+"""A stem reads its few channels so many times, and its factor is shared among the copies.
+
+What it rounds otherwise than PyTorch (5 in 10,000 codes with one copy, none in most networks with eight) grows from layer
+to layer: a 2-bit ResNet-20 then predicts another class for 4 % of the images, at the same accuracy.
+"""
 
 
 @dataclass(frozen=True)
@@ -144,14 +152,17 @@ def _integer(
     bias = affine.shift / (scale * input_grid.scale)
     if np.abs(bias).max() >= integer_bias.LARGEST_BIAS:
         return None
-    largest = integer_bias.largest_factor(int(np.abs(grid.integers).max()), largest_input)
+    copies = STEM_COPIES if _is_stem(grid, conv_attributes) else 1
+    largest = copies * integer_bias.largest_factors(grid.integers, largest_input)
     choice = integer_bias.choose(bias, largest, _output_grid(affine, scale, input_grid.scale))
     fits = np.abs(choice.bias) < integer_bias.LARGEST_BIAS
     factors = np.where(fits, choice.factor, 1)
     whole = np.where(fits, choice.bias, np.round(bias)).astype(np.int64)
     scale = scale / factors * np.where(fits, choice.stretch, 1.0)
     signed = np.where(silent, 0, factors * np.where(affine.factor < 0, -1, 1))
-    weight = unpacked(builder, grid, signed, transposed=conv_attributes is None)
+    weight = unpacked(builder, grid, signed, transposed=conv_attributes is None, copies=copies)
+    if copies > 1:
+        x = _repeated(builder, x, copies)
     weight_scale = builder.constant(scale, np.float32)
     if conv_attributes is None:
         # Without a zero point of its own the weight would keep ONNX Runtime from its QGemm.
@@ -165,6 +176,23 @@ def _integer(
     if conv_attributes is None:
         return builder.node("Gemm", *inputs), weight
     return builder.copy("Conv", tuple(inputs), conv_attributes), weight
+
+
+def _is_stem(grid: WeightGrid, conv_attributes: Attributes | None) -> bool:
+    """A convolution on images, whose 8-bit weights leave no room for a factor."""
+    if conv_attributes is None or grid.unsigned.shape[1] > STEM_CHANNELS:
+        return False
+    group = conv_attributes.get("group")
+    return grid.bits > 5 and (group is None or group.value == 1)
+
+
+def _repeated(builder: Builder, x: ir.Value, copies: int) -> ir.Value:
+    """The same codes several times over, as channels."""
+    source = producer(x, "DequantizeLinear")
+    assert source is not None
+    codes, scale = source.inputs[:2]
+    assert scale is not None
+    return dequantize(builder, builder.copy("Concat", (codes,) * copies, {"axis": 1}), scale, x.meta[GRID])
 
 
 def _output_grid(affine: _Affine, scale: Floats, input_scale: float) -> OutputGrid | None:

@@ -19,9 +19,9 @@ _SUMS = 4096
 """Sums that are looked at for a channel."""
 
 _GOOD_ENOUGH = 1e-6
-_REFINED = 4
+_REFINED = 16
 # In order of their distance from 1, so that of equals the nearest is taken.
-_STRETCHES = 1.0 + 1e-5 * np.array([0, 1, -1, 2, -2, 3, -3, 5, -5, 8, -8], np.float64)
+_STRETCHES = 1.0 + 1e-5 * np.array([0, *(s * sign for s in (1, 2, 3, 4, 6, 8, 11, 15, 20) for sign in (1, -1))])
 
 LARGEST_BIAS = 2**30
 """Leaves half of int32 to the sum of products."""
@@ -30,10 +30,10 @@ _SATURATION = 32767
 """Processors without VNNI add two u8 x s8 products in 16 bits."""
 
 
-def largest_factor(largest_weight: int, largest_input: int) -> int:
-    """The largest whole number that weight codes may be multiplied by, so that they and their products fit."""
-    fits = min(127, _SATURATION // (2 * largest_input)) // max(largest_weight, 1)
-    return max(fits, 1)
+def largest_factors(integers: Ints, largest_input: int) -> Ints:
+    """The largest whole number that each channel's weight codes may be multiplied by, so that products fit too."""
+    largest = np.abs(integers.reshape(len(integers), -1)).max(1)
+    return np.maximum(min(127, _SATURATION // (2 * largest_input)) // np.maximum(largest, 1), 1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Choice:
     Args:
         factor: of the weight codes, from 1.
         bias: whole, in units that are ``factor`` times smaller than the original ones.
-        stretch: what the scale is multiplied by besides, within 1e-4 of 1.
+        stretch: what the scale is multiplied by besides, within 2e-4 of 1.
     """
 
     factor: Ints
@@ -68,7 +68,7 @@ class Choice:
     stretch: Floats
 
 
-def choose(bias: Floats, largest: int, output: OutputGrid | None = None) -> Choice:
+def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Choice:
     """Factors and whole biases, one for each channel.
 
     The sum of products is a whole number, so the output codes that a channel can give are countable: among all factors
@@ -77,15 +77,15 @@ def choose(bias: Floats, largest: int, output: OutputGrid | None = None) -> Choi
 
     Args:
         bias: in units of input scale times weight scale, one for each channel.
-        largest: see ``largest_factor``.
+        largest: see ``largest_factors``.
         output: None where the result stays float; then only nearness counts.
 
-    >>> choose(np.array([0.0, 0.3333, 7.5]), 63).factor.tolist()
+    >>> choose(np.array([0.0, 0.3333, 7.5]), np.array([63, 63, 63])).factor.tolist()
     [1, 3, 2]
     """
-    candidates = np.arange(1, largest + 1)
     chosen = []
     for channel, wanted in enumerate(bias):
+        candidates = np.arange(1, largest[channel] + 1)
         k = np.concatenate([candidates, candidates])
         rounded = np.concatenate([np.floor(candidates * wanted), np.ceil(candidates * wanted)])
         shift = rounded / k - wanted
@@ -116,8 +116,8 @@ def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats,
     if count <= 0:
         return np.zeros(0), np.zeros(0)
     sums = np.round(np.linspace(first, last, count))
-    share: Floats = np.exp(-0.5 * ((sums - centre) / spread) ** 2).astype(np.float64)
-    return sums, share / share.sum()
+    share = np.exp(-0.5 * ((sums - centre) / spread) ** 2)
+    return sums, np.asarray(share / share.sum(), np.float64)
 
 
 def _wrong(sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float) -> Floats:

@@ -1,7 +1,7 @@
 """Codes <-> bytes: ``n`` codes of ``b`` bits take ``ceil(n * b / 8)`` bytes, whatever ``b`` is.
 
-One dense layout for all widths: code ``i`` occupies bits ``i * b`` to ``i * b + b - 1`` of the stream, lowest bit first,
-and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8`` (little-endian, as
+One dense layout for all widths: code ``i`` occupies bits ``i * b`` to ``i * b + b - 1`` of the stream, lowest bit
+first, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8`` (little-endian, as
 ``numpy.packbits(bitorder="little")``). For 1, 2, 4 and 8 bits no code crosses a byte: one shift and one mask unpack it.
 """
 

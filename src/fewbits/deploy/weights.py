@@ -61,7 +61,7 @@ def encode(quantizer: Quantizer, weight: torch.Tensor, name: str) -> WeightGrid:
 
 
 def unpacked(
-    builder: Builder, grid: WeightGrid, multiplier: Ints | None = None, *, transposed: bool = False
+    builder: Builder, grid: WeightGrid, multiplier: Ints | None = None, *, transposed: bool = False, copies: int = 1
 ) -> ir.Value:
     """The int8 weights that an engine multiplies.
 
@@ -70,7 +70,11 @@ def unpacked(
         grid: the codes.
         multiplier: whole numbers, one for each output channel, that fit the codes into -127..127; None is 1.
         transposed: I x O instead of O x I, as MatMul wants a linear layer's weight.
+        copies: input channels are repeated so often, and the copies' multipliers add up to ``multiplier``.
     """
+    if copies > 1:
+        assert multiplier is not None
+        return _copied(builder, unpacked(builder, grid), grid.unsigned.shape, multiplier, copies)
     codes, integers = grid.unsigned, grid.integers
     shape = [-1] + [1] * (codes.ndim - 1)
     factors = np.ones(len(codes), np.int64) if multiplier is None else multiplier
@@ -86,6 +90,20 @@ def unpacked(
     if (factors != 1).any():
         factor = builder.constant(factors, np.int8)
         value = builder.node("Mul", value, builder.node("Cast", factor, to=ir.DataType.INT32))
+    return builder.node("Cast", value, to=ir.DataType.INT8)
+
+
+def _copied(
+    builder: Builder, weight: ir.Value, shape: tuple[int, ...], multiplier: Ints, copies: int
+) -> ir.Value:
+    """O x I x ... -> O x (copies * I) x ...: the weights once in the file, repeated when it is loaded."""
+    num_outputs, num_inputs, *kernel = shape
+    shares = (np.abs(multiplier)[:, None] + np.arange(copies)) // copies * np.sign(multiplier)[:, None]
+    value = builder.node("Cast", weight, to=ir.DataType.INT32)
+    value = builder.node("Reshape", value, builder.constant([num_outputs, 1, num_inputs, *kernel], np.int64))
+    factor = builder.constant(shares.reshape(num_outputs, copies, *[1] * (len(shape) - 1)), np.int8)
+    value = builder.node("Mul", value, builder.node("Cast", factor, to=ir.DataType.INT32))
+    value = builder.node("Reshape", value, builder.constant([num_outputs, copies * num_inputs, *kernel], np.int64))
     return builder.node("Cast", value, to=ir.DataType.INT8)
 
 
