@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,10 @@ class RunFolder:
         write_file(self.path / METRICS, content.encode())
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``; NaN and infinity, which JSON does not have, become null."""
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(dict(entry), sort_keys=True) + "\n")
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

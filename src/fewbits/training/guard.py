@@ -22,7 +22,8 @@ class StepGuard:
     """
 
     def __init__(self, networks: nn.Module, max_bad_steps: int) -> None:
-        buffers = [b for b in networks.buffers() if b.is_floating_point()]
+        # Batch norm's counters too: with momentum None they weigh the next average.
+        buffers = list(networks.buffers())
         self._buffers = buffers
         self._kept = [b.detach().clone() for b in buffers]
         self._max = max_bad_steps
