@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ def count_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
     model.eval()
     correct = total = 0
     for images, labels in batches:
+        if not len(labels):
+            continue  # the last batch of a split may leave nothing for the later processes
         predicted = model(images.to(device)).argmax(1).cpu()
         correct += int((predicted == labels).sum())
         total += len(labels)
@@ -47,11 +50,19 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replace running averages by plain averages over ``batches``, everything else in eval mode.
 
-    The running averages of the last steps mix weights that are gone. Returns the batches that were used.
+    The running averages of the last steps mix weights that are gone. Batches with NaN or infinite pixels are left out,
+    as they are in training. Returns the batches that were used.
+
+    Raises:
+        ValueError: no batch is left; the running averages stay as they were.
     """
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:
         return 0
+    finite = (images for images in batches if len(images) and bool(torch.isfinite(images).all()))
+    first = next(finite, None)
+    if first is None:
+        raise ValueError("batches holds no batch of finite images; batch norm cannot be estimated from it")
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
@@ -61,7 +72,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         norm.momentum = None  # a cumulative average
         norm.train()
     used = 0
-    for images in batches:
+    for images in chain([first], finite):
         model(images.to(device))
         used += 1
     for norm, momentum in zip(norms, momenta, strict=True):
