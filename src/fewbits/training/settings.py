@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,12 +66,18 @@ class Settings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "accumulate", "max_bad_steps", "evaluate_every"):
+        for name in ("batch_size", "accumulate", "max_bad_steps", "evaluate_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "bn_batches", "checkpoint_seconds", "quantizer_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("epochs", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "bn_batches", "checkpoint_seconds", "quantizer_lr", "helper_lr"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # NaN included
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"processes must be positive or None, got {self.processes}")
         for name, allowed in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("cosine", "step", "constant")),
