@@ -25,7 +25,6 @@ from ..training.folder import RUN
 from .runs import load_run
 from .train import Train, build
 
-
 WIDE = 160
 """Columns of a table where no terminal says how wide it is: a log, a pipe."""
 
