@@ -7,7 +7,7 @@ A convolution whose output is added in float cannot run on integers in ONNX Runt
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,12 +24,18 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _CONCATENATIONS = {torch.cat, torch.concat}
 _POOLINGS = {F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, F.adaptive_max_pool2d, torch.mean}
 # What hands a value on without leaving its grid: zero stays zero, levels stay levels.
-_TRANSPARENT_FUNCTIONS = {operator.getitem, F.pad, F.relu, torch.relu, torch.flatten, F.max_pool2d, F.dropout}
-_TRANSPARENT_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "relu", "relu_", "clone"}
+_VIEW_FUNCTIONS = {operator.getitem, torch.flatten, torch.transpose, torch.permute}
+_VIEW_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "clone"}
+_SPLIT_FUNCTIONS = {torch.chunk, torch.split}
+_SPLIT_METHODS = {"chunk", "split"}
+_TRANSPARENT_FUNCTIONS = {*_SPLIT_FUNCTIONS, F.pad, F.relu, torch.relu, F.max_pool2d, F.dropout}
+_TRANSPARENT_METHODS = {*_SPLIT_METHODS, "relu", "relu_"}
 _TRANSPARENT_MODULES = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.Dropout, nn.Flatten)
 # Activations that follow an addition before its result is read.
 _RECTIFIER_FUNCTIONS = {F.relu, torch.relu, F.relu6}
 _RECTIFIER_MODULES = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout)
+# Their forward runs whatever they hold, so that a quantizer among it would run as one more layer.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SIZES = {"size", "dim", "numel", "__len__"}
 
 
@@ -65,12 +71,17 @@ class _Seen:
 class _Tracer(fx.Tracer):
     """Records, beside the graph, which value each module took and gave."""
 
-    def __init__(self, quantizable: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, quantizable: tuple[type[nn.Module], ...], deep: bool) -> None:
         super().__init__()
         self.quantizable = quantizable
+        self.deep = deep
         self.seen = _Seen()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m).forward is nn.Sequential.forward and len(list(m.children())) > 0:
+            return False  # it cannot hold a quantizer, but the modules in it can
+        if self.deep and not isinstance(m, self.quantizable):
+            return super().is_leaf_module(m, module_qualified_name)
         return isinstance(m, self.quantizable) or not any(isinstance(s, self.quantizable) for s in m.modules())
 
     def call_module(
@@ -95,9 +106,15 @@ def trace(model: nn.Module, quantizable: tuple[type[nn.Module], ...]) -> Trace:
     Raises:
         ValueError: the model's forward cannot be traced.
     """
-    tracer = _Tracer(quantizable)
+    # A stranger's parameter-free module, an option-A shortcut say, is looked into where that works: what it only
+    # pads or slices stays on the grid that it came with. Where its code cannot be followed it counts as one step.
+    tracer = _Tracer(quantizable, deep=True)
     try:
-        graph = tracer.trace(model)
+        try:
+            graph = tracer.trace(model)
+        except Exception:
+            tracer = _Tracer(quantizable, deep=False)
+            graph = tracer.trace(model)
     except Exception as error:  # whatever a stranger's forward raises when it meets a symbol
         raise ValueError(
             f"residual needs to see the additions of {type(model).__name__}, and its forward cannot be traced "
@@ -111,10 +128,10 @@ def trace(model: nn.Module, quantizable: tuple[type[nn.Module], ...]) -> Trace:
     for node in graph.nodes:
         for value in finder.streams(node):
             place = finder.place(value)
-            if place is None:
-                unreachable.append(finder.owner(node))
-            else:
+            if place is not None:
                 places[place] = None
+            elif not finder.is_read_quantized(value):
+                unreachable.append(finder.owner(node))
     return Trace(tuple(dict.fromkeys(order)), tuple(places), tuple(dict.fromkeys(unreachable)))
 
 
@@ -139,50 +156,61 @@ class _Finder:
         return self.placed[value]
 
     def owner(self, node: fx.Node) -> str:
-        stack = list(node.meta.get("nn_module_stack", {}))
-        return stack[-1] if stack else "the model itself"
+        """The qualified name of the module whose forward makes ``node``."""
+        return _callers(node)[-1] or "the model itself"
+
+    def is_read_quantized(self, value: fx.Node) -> bool:
+        """Whether quantized layers alone read ``value``: their own quantizers put it on a grid."""
+        return all(
+            (user.op == "call_module" and type(self.modules[str(user.target)]) in self.quantizable)
+            or (self._is_view(user) and self.is_read_quantized(user))
+            for user in _readers(value)
+        )
 
     def _find(self, value: fx.Node) -> Place | None:
-        givers = [p for p, nodes in self.seen.outputs.items() if p and nodes == [value]]
+        place = self._hook(value)
+        # A value that is only read in another shape may be quantized in that shape.
+        while place is None and len(_readers(value)) == 1 and self._is_view(_readers(value)[0]):
+            value = _readers(value)[0]
+            place = self._hook(value)
+        return place
+
+    def _hook(self, value: fx.Node) -> Place | None:
+        givers = [p for p, nodes in self.seen.outputs.items() if nodes == [value] and self._can_hold(p)]
         if givers:
             return Place(max(givers, key=lambda path: path.count(".")), "output")
-        # A layer's own input has its own quantizer: only a block that takes the value serves.
         takers = [
             p
             for p, nodes in self.seen.inputs.items()
-            if p and nodes == [value] and not isinstance(self.modules[p], self.quantizable)
+            # A layer's own input has its own quantizer: only a block that takes the value serves.
+            if nodes == [value] and self._can_hold(p) and not isinstance(self.modules[p], self.quantizable)
         ]
-        everyone = {p for p, nodes in self.seen.inputs.items() if value in nodes}
-        outermost = [p for p in takers if all(q == p or q.startswith(p + ".") for q in everyone)]
-        return Place(min(outermost, key=len), "input") if outermost else None
+        # What a module takes is quantized for that module alone: nobody outside may read the value.
+        sole = [p for p in takers if all(_is_inside(user, p) for user in _readers(value))]
+        return Place(min(sole, key=len), "input") if sole else None
+
+    def _can_hold(self, path: str) -> bool:
+        return path != "" and not isinstance(self.modules[path], _CONTAINERS)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        if node.op == "call_function" and node.target in _ADDITIONS:
+        if _calls(node, _ADDITIONS, {"add", "add_"}):
             return self._pair(node)
-        if node.op == "call_method" and node.target in {"add", "add_"}:
-            return self._pair(node)
-        if node.op == "call_function" and node.target in _CONCATENATIONS and isinstance(node.args[0], list | tuple):
-            return [v for v in node.args[0] if isinstance(v, fx.Node)]
-        if self._is_pooling(node) and isinstance(node.args[0], fx.Node):
-            return [node.args[0]]
+        if _calls(node, _CONCATENATIONS, set()) or self._is_pooling(node):
+            return node.all_input_nodes
         return []
 
     def _pair(self, node: fx.Node) -> list[fx.Node]:
-        nodes = [v for v in node.args[:2] if isinstance(v, fx.Node)]
+        nodes = [v for v in (*node.args, *node.kwargs.values()) if isinstance(v, fx.Node)]
         return nodes if len(nodes) == 2 and all(self._is_activation(v) for v in nodes) else []
 
     def _is_pooling(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return "Pool" in type(self.modules[str(node.target)]).__name__
-        return (node.op == "call_function" and node.target in _POOLINGS) or (
-            node.op == "call_method" and node.target == "mean"
-        )
+        return _calls(node, _POOLINGS, {"mean"})
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether the value comes from the input: no parameter, no size."""
-        if node.op == "get_attr" or (node.op == "call_method" and node.target in _SIZES):
-            return False
-        if node.op == "call_function" and node.target is getattr:
+        if node.op == "get_attr" or _is_size(node):
             return False
         if node.op in {"placeholder", "call_module"}:
             return True
@@ -190,33 +218,67 @@ class _Finder:
 
     def _source(self, node: fx.Node) -> fx.Node:
         """Walk back over what does not leave the grid."""
-        while self._is_transparent(node) and node.all_input_nodes and self.place(node) is None:
-            node = node.all_input_nodes[0]
-        # A rectifier's own output is the better place, but a view of a value is quantized where the value is made.
-        while self._is_transparent(node) and not self._is_rectifier(node) and node.all_input_nodes:
+        # A view of a value is quantized where the value is made; a rectifier makes one, unless nothing reaches it.
+        while self._is_transparent(node) and node.all_input_nodes:
+            if self._is_rectifier(node) and not self._only_hands_on(node) and self.place(node) is not None:
+                break
             node = node.all_input_nodes[0]
         return node
+
+    def _only_hands_on(self, node: fx.Node) -> bool:
+        """Identity and dropout: they follow additions like rectifiers, but make no value of their own."""
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Identity | nn.Dropout)
 
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            return isinstance(module, _TRANSPARENT_MODULES)
-        if node.op == "call_method":
-            return node.target in _TRANSPARENT_METHODS
-        return node.op == "call_function" and node.target in _TRANSPARENT_FUNCTIONS
+            is_empty = isinstance(module, nn.Sequential) and len(module) == 0  # a shortcut in many a ResNet
+            return is_empty or isinstance(module, _TRANSPARENT_MODULES)
+        return self._is_view(node) or _calls(node, _TRANSPARENT_FUNCTIONS, _TRANSPARENT_METHODS)
+
+    def _is_view(self, node: fx.Node) -> bool:
+        if node.target is operator.getitem and isinstance(node.args[1], int):
+            # Unpacking what a module returned as a tuple: a hook meets the tuple, not the tensor.
+            made_by = node.args[0]
+            return isinstance(made_by, fx.Node) and _calls(made_by, _SPLIT_FUNCTIONS, _SPLIT_METHODS)
+        return _calls(node, _VIEW_FUNCTIONS, _VIEW_METHODS)
 
     def _is_rectifier(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.modules[str(node.target)], _RECTIFIER_MODULES)
-        if node.op == "call_method":
-            return node.target in {"relu", "relu_"}
-        return node.op == "call_function" and node.target in _RECTIFIER_FUNCTIONS
+        return _calls(node, _RECTIFIER_FUNCTIONS, {"relu", "relu_"})
 
     def _result(self, node: fx.Node) -> fx.Node:
         """What leaves an addition: its value behind the rectifier, where that is all that reads it."""
-        while len(node.users) == 1 and self._is_rectifier(next(iter(node.users))):
-            node = next(iter(node.users))
-        return node
+        chain = [node]
+        while len(_readers(chain[-1])) == 1 and self._is_rectifier(_readers(chain[-1])[0]):
+            chain.append(_readers(chain[-1])[0])
+        return next((value for value in reversed(chain) if self.place(value)), chain[-1])
+
+
+def _calls(node: fx.Node, functions: Collection[Any], methods: Collection[str]) -> bool:
+    """Whether ``node`` calls one of these functions or, by name, one of these methods of a tensor."""
+    return (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in methods
+    )
+
+
+def _is_size(node: fx.Node) -> bool:
+    return _calls(node, {getattr}, _SIZES)
+
+
+def _readers(value: fx.Node) -> list[fx.Node]:
+    """The nodes that read the numbers of ``value``, not only its shape."""
+    return [user for user in value.users if not _is_size(user)]
+
+
+def _callers(node: fx.Node) -> list[str]:
+    """Qualified names of the modules in whose forward ``node`` is made, from the model itself inwards."""
+    return ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
+
+
+def _is_inside(node: fx.Node, path: str) -> bool:
+    return path in _callers(node) or (node.op == "call_module" and node.target == path)
 
 
 def attach(module: nn.Module, side: Literal["input", "output"], quantizer: Quantizer) -> None:
