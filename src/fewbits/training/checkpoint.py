@@ -77,6 +77,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     save_tensors(folder / FILE, checkpoint.tensors, {"fewbits": header})
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and the metadata of its header.
+
+    Raises:
+        ValueError: the file is truncated, or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); delete it to start afresh") from error
+
+
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint in ``folder``, or None where there is none.
 
@@ -86,15 +100,13 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     path = folder / FILE
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("fewbits")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({error}); delete the folder to start afresh") from error
-    if header is None:
+    tensors, metadata = read_tensors(path)
+    if "fewbits" not in metadata:
         raise ValueError(f"{path} is not a fewbits checkpoint: its header has no 'fewbits' entry")
-    values = json.loads(header)
+    try:
+        values = dict(json.loads(metadata["fewbits"]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its 'fewbits' entry is no JSON object ({error})") from error
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path} has another checkpoint format than {FORMAT}; use the version that wrote it")
     return Checkpoint(tensors, values)
@@ -114,14 +126,14 @@ def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
     """Put back what ``optimizer_state`` took; groups come from the settings and are already there."""
+    whole = optimizer.state_dict()
+    count = sum(len(group["params"]) for group in whole["param_groups"])
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *values.items()]:
         index, _, key = name.partition(".")
+        if not index.isdecimal() or int(index) >= count:
+            raise ValueError(f"the checkpoint's optimizer has {name!r}, but this run has {count} parameters")
         state.setdefault(int(index), {})[key] = value
-    whole = optimizer.state_dict()
-    count = sum(len(group["params"]) for group in whole["param_groups"])
-    if any(index >= count for index in state):
-        raise ValueError(f"the checkpoint's optimizer has more than this run's {count} parameters")
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ..convert import plan_of
 from ..data import Dataset, Normalisation
 from ..recipes import Recipe
-from .checkpoint import load_networks, save_tensors
-from .folder import STUDENT, STUDENT_EMA, RunFolder
+from .checkpoint import load_networks, read_tensors, save_tensors
+from .folder import METRICS, STUDENT, STUDENT_EMA, RunFolder
 from .loop import Loop
 from .settings import Settings
 
@@ -125,8 +124,13 @@ def fit(
 
 def _finished(student: nn.Module, folder: RunFolder, normalisation: Normalisation) -> Result:
     """What a run that is over gave; nothing in its folder changes. Its teacher and average are not loaded."""
-    load_networks(student, load_file(folder.path / STUDENT))
-    end = next(record for record in reversed(folder.metrics()) if record["event"] == "end")
+    load_networks(student, read_tensors(folder.path / STUDENT)[0])
+    end = next((record for record in reversed(folder.metrics()) if record["event"] == "end"), None)
+    if end is None:
+        raise ValueError(
+            f"{folder.path / METRICS} is damaged: the student is there, but no 'end' was recorded; "
+            f"delete {STUDENT} and resume to measure it again"
+        )
     return Result(
         student=student.eval(),
         teacher=None,

@@ -80,6 +80,31 @@ class _Position:
     skipped: int = 0
 
 
+def _position_of(checkpoint: Checkpoint, phase_steps: tuple[int, ...]) -> _Position:
+    """The position that a checkpoint holds.
+
+    Raises:
+        ValueError: it is none, or none of a run with ``phase_steps``.
+    """
+    values = checkpoint.values.get("position")
+    try:
+        position = _Position(**checkpoint.values["position"])
+        fits = (
+            isinstance(checkpoint.values["optimizer"], dict)
+            and position.phase in range(len(phase_steps))
+            and position.step in range(phase_steps[position.phase] + 1)
+            and position.total_step == sum(phase_steps[: position.phase]) + position.step
+        )
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"the checkpoint's position {values!r} is none of this run, whose phases have {phase_steps} steps; "
+            "delete the checkpoint to start afresh"
+        )
+    return position
+
+
 @dataclass
 class Loop:
     """One run from its first step to its last.
@@ -123,7 +148,7 @@ class Loop:
             self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         checkpoint = load_checkpoint(self.folder.checkpoint) if self.folder else None
         if checkpoint is not None:
-            self._position = _Position(**checkpoint.values["position"])
+            self._position = _position_of(checkpoint, self._phase_steps)
         first = self._position.phase
         objective = self._objective(first, self._networks_before(checkpoint), checkpoint)
         if self.folder is not None:
