@@ -7,7 +7,7 @@ training set and nothing can be held out from it.
 
     python benchmarks/recipes.py --bits 2 --seeds 0 1 2 --epochs 1
 
-Each finished run is one line in benchmarks/results/recipes.json; runs that are there are not repeated.
+Each finished run is one line in benchmarks/results/recipes-wBaB.json; runs that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 import fewbits as fb
 
-RESULTS = Path(__file__).parent / "results" / "recipes.json"
+RESULTS = Path(__file__).parent / "results"
 ARMS = ("plain", "logits", "features", "qfd")
 
 
@@ -79,23 +79,29 @@ def commit() -> str:
 
 def load() -> list[dict[str, Any]]:
     """The runs so far."""
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return rows
+    return [row for path in sorted(RESULTS.glob("recipes-*.json")) for row in json.loads(path.read_text())]
 
 
 def save(row: dict[str, Any]) -> None:
-    """Add one run; another process may have added some in the meantime."""
-    rows = [*load(), row]
-    RESULTS.write_text("[\n" + ",\n".join("  " + json.dumps(r, sort_keys=True) for r in rows) + "\n]\n")
+    """Add one run to the file of its bits."""
+    bits = row["bits"]
+    rows = [*(r for r in load() if r["bits"] == bits), row]
+    (RESULTS / f"recipes-w{bits}a{bits}.json").write_text(
+        "[\n" + ",\n".join("  " + json.dumps(r, sort_keys=True) for r in rows) + "\n]\n"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and sample standard deviation of the last epoch, and the paired difference to plain, in Markdown."""
-    lines = ["| W/A | epochs | recipe | seeds | last epoch, % | best, % | minus plain, points |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| W/A | epochs | recipe | seeds | last epoch, % | best, % | minus plain, points |",
+        "|---|---|---|---|---|---|---|",
+    ]
     keys = sorted({(r["bits"], r["epochs"]) for r in rows}, reverse=True)
     for bits, epochs in keys:
         of = {
-            arm: {r["seed"]: r for r in rows if (r["bits"], r["epochs"], r["arm"]) == (bits, epochs, arm)} for arm in ARMS
+            arm: {r["seed"]: r for r in rows if (r["bits"], r["epochs"], r["arm"]) == (bits, epochs, arm)}
+            for arm in ARMS
         }
         for arm in ARMS:
             runs = of[arm]
