@@ -156,7 +156,7 @@ def quantize(
         activations,
         quantizer,
         residual,
-        keep=tuple(keep),
+        keep=(keep,) if isinstance(keep, str) else tuple(keep),
         rules=tuple(rules),
         ends=ends,
         granularity=granularity,
@@ -169,6 +169,10 @@ def quantize(
         if layer.weight or layer.activation:
             module = student.get_submodule(name)
             QUANTIZED[type(module)].from_float(module, layer.weight, layer.activation)
+    for module in student.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In eval mode without gradients it would read its layers' float weights and call none of them.
+            module.activation_relu_or_gelu = 0
     if plan.residual is not None and seen is not None:
         spec = QuantSpec("lsq", plan.residual, "activation", start=plan.start, fixed=True)
         for place in seen.places:
@@ -211,7 +215,8 @@ def assign(model: nn.Module, plan: Plan) -> tuple[dict[str, LayerSpecs], Trace |
     if seen is not None:
         names.sort(key=lambda n: seen.order.index(n) if n in seen.order else len(seen.order))
     _check_patterns(plan, names)
-    return {name: _specs(name, names, plan) for name in names}, seen
+    run = [n for n in names if seen is None or n in seen.order] or names  # what never runs is no end
+    return {name: _specs(name, {run[0], run[-1]}, plan) for name in names}, seen
 
 
 def _is_hidden(model: nn.Module, name: str) -> bool:
@@ -220,7 +225,7 @@ def _is_hidden(model: nn.Module, name: str) -> bool:
     return isinstance(parent, nn.MultiheadAttention)
 
 
-def _specs(name: str, names: list[str], plan: Plan) -> LayerSpecs:
+def _specs(name: str, ends_of_network: set[str], plan: Plan) -> LayerSpecs:
     if any(matches(name, pattern) for pattern in plan.keep):
         return LayerSpecs(None, None, "kept by the plan")
     weights, activations, method, fixed = plan.weights, plan.activations, plan.quantizer, True
@@ -229,7 +234,7 @@ def _specs(name: str, names: list[str], plan: Plan) -> LayerSpecs:
         weights = plan.weights if rule.weights is None else rule.weights
         activations = plan.activations if rule.activations is None else rule.activations
         method = rule.quantizer or plan.quantizer
-    elif name in {names[0], names[-1]}:
+    elif name in ends_of_network:
         ends = _PAPER_ENDS.get(plan.quantizer, FLOAT_BITS) if plan.ends == "paper" else plan.ends
         if ends == FLOAT_BITS:
             return LayerSpecs(None, None, "first or last layer")
@@ -320,6 +325,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = Fals
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
     collected = {n: _Collector() for n in activations} | {n: _Collector() for n in layers}
     handles = [model.get_submodule(n).register_forward_pre_hook(c) for n, c in collected.items()]
+    # Off, PACT still clips, to a range that is not known yet: what comes behind it would see wrong values.
+    handles += [q.register_forward_hook(_pass_on) for q in activations.values() if q.needs_data]
     gates = {n: q.enabled.clone() for n, q in quantizers.items()}
     modes = {n: m.training for n, m in model.named_modules()}
     try:
@@ -352,10 +359,18 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = Fals
     return len(chosen)
 
 
+def _pass_on(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return cast(Tensor, args[0])
+
+
 def _feed(model: nn.Module, batches: Iterable[Tensor]) -> int:
     device = next(model.parameters()).device
     num = 0
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must be an iterable of batches, got one tensor; pass [images]")
     for images in batches:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"batches must hold images N x C x H x W, got {type(images).__name__}; leave labels out")
         images = images[: CALIBRATION_SAMPLES - num] if num < CALIBRATION_SAMPLES else images[:0]
         if len(images) == 0:
             break
