@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbits.deploy import accuracy, bench, export
+
+from .networks import Residual, images, live, student
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    x = images(8)
+    paths = {"float": tmp_path / "float.onnx", "student": tmp_path / "student.onnx"}
+    export(live(Residual(), [x]), paths["float"], example=x)
+    export(student(Residual(), 2, 2), paths["student"], example=x, minimum_equal=0.0)
+    return paths
+
+
+def test_rows_and_ratios(files: dict[str, Path]):
+    rows = bench(files, images(3), batch_sizes=(1, 5), repeats=3)
+    assert [(row.name, row.batch_size) for row in rows] == [("float", 1), ("student", 1), ("float", 5), ("student", 5)]
+    for row in rows:
+        assert row.size_bytes == files[row.name].stat().st_size
+        assert row.latency_ms > 0 < row.load_ms
+        if row.name == "float":
+            assert (row.ratio, row.verdict) == (1.0, "")
+        else:
+            assert ("slower" in row.verdict) == (row.ratio > 1)
+
+
+def test_accuracy_is_pytorchs(files: dict[str, Path]):
+    x = images(8)
+    model = student(Residual(), 2, 2)
+    path = files["student"].with_name("again.onnx")
+    export(model, path, example=x, minimum_equal=0.0)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    assert accuracy(path, [(x[:5], labels[:5]), (x[5:], labels[5:])]) >= 7 / 8
+
+
+def test_bad_input(files: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="no file"):
+        bench({}, images(1))
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        bench(files, images(1), repeats=0)
+    with pytest.raises(ValueError, match="there is no file"):
+        accuracy(tmp_path / "absent.onnx", [])
+    (tmp_path / "damaged.onnx").write_bytes(files["student"].read_bytes()[:500])
+    with pytest.raises(ValueError, match="cannot load damaged"):
+        accuracy(tmp_path / "damaged.onnx", [])
+    with pytest.raises(ValueError, match="no image"):
+        accuracy(files["student"], [])
