@@ -155,18 +155,19 @@ def hold_write(number: int) -> None:
 
 
 def main(argument: str) -> int:
-    """Run what a JSON object says."""
-    config = json.loads(argument)
+    """Run what a JSON list of objects says, one after the other; print for each what it gave, or its error."""
     torch.set_num_threads(1)
-    if "hold_write" in config:
-        hold_write(config.pop("hold_write"))
-    data = part_of_digits(config.pop("num_train", NUM_TRAIN), config.pop("num_test", NUM_TEST))
-    try:
-        result = train(data=data, **config)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
-    print(json.dumps({"accuracy": result.accuracy, "skipped_steps": result.skipped_steps}))
+    for config in json.loads(argument):
+        if "hold_write" in config:
+            hold_write(config.pop("hold_write"))
+        data = part_of_digits(config.pop("num_train", NUM_TRAIN), config.pop("num_test", NUM_TEST))
+        try:
+            result = train(data=data, **config)
+            outcome: dict[str, Any] = {"accuracy": result.accuracy}
+        except (ValueError, OSError, RuntimeError) as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps({"rank": int(os.environ.get("RANK", 0)), **outcome}) + "\n")
+        sys.stdout.flush()
     return 0
 
 

@@ -221,10 +221,10 @@ class Loop:
             torch.manual_seed(_step_seed(settings.seed, position.total_step, self._accelerator.process_index))
             guard.remember()
             images, labels = next(batches)
-            losses, loss = self._backward(model, images, labels)
+            losses = self._backward(model, images, labels)
             norm = self._accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
             epoch = position.total_step // self._steps_per_epoch
-            if guard.accept(loss, cast(Tensor, norm), f"epoch {epoch}, step {position.total_step}"):
+            if guard.accept(losses["loss"], cast(Tensor, norm), f"epoch {epoch}, step {position.total_step}"):
                 optimizer.step()
                 if self._ema is not None:
                     self._ema.update(objective.networks.student)
@@ -235,32 +235,36 @@ class Loop:
             position.total_step += 1
             position.bad_in_a_row, position.skipped = guard.in_a_row, guard.skipped
             now = time.monotonic()
-            self._display.step(phase.name, float(loss), settings.batch_size / max(now - ticks, 1e-9))
+            self._display.step(phase.name, float(losses["loss"]), settings.batch_size / max(now - ticks, 1e-9))
             ticks = now
-            self._after_step(objective, phase, optimizer, losses, loss, position.step == num_steps, factor)
+            self._after_step(objective, phase, optimizer, losses, position.step == num_steps, factor)
             ticks += time.monotonic() - now
 
-    def _backward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Losses, Tensor]:
-        """Gradients of one optimizer step, in micro-batches; returns the last losses and the step's mean loss."""
+    def _backward(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Gradients of one optimizer step, in micro-batches.
+
+        Returns the loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
+        """
         parts = self.settings.accumulate
-        loss = torch.zeros((), device=self._device)
+        means: dict[str, Tensor] = {}
         for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             last = part == parts - 1
             hold = contextlib.nullcontext() if last else self._accelerator.no_sync(model)
             with hold:
                 with self._accelerator.autocast():
-                    losses = model(x, y)
+                    losses: Losses = model(x, y)
                 self._accelerator.backward(losses.total / parts)
-            loss += losses.total.detach().float() / parts
-        return losses, cast(Tensor, self._accelerator.reduce(loss, reduction="mean"))
+            named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
+            means = {name: means.get(name, 0) + value.float() / parts for name, value in named.items()}
+        reduced = cast(Tensor, self._accelerator.reduce(torch.stack(list(means.values())), reduction="mean"))
+        return dict(zip(means, reduced.unbind(), strict=True))
 
     def _after_step(
         self,
         objective: Objective,
         phase: Phase,
         optimizer: torch.optim.Optimizer,
-        losses: Losses,
-        loss: Tensor,
+        losses: dict[str, Tensor],
         is_last: bool,
         factor: float,
     ) -> None:
@@ -268,8 +272,8 @@ class Loop:
         settings, position = self.settings, self._position
         ends_epoch = position.total_step % self._steps_per_epoch == 0
         if position.step == 1 or position.total_step % min(LOG_EVERY, max(self._steps_per_epoch // 4, 1)) == 0:
-            terms = {f"loss/{name}": float(value) for name, value in losses.terms.items()}
-            self._record("train", phase.name, {"loss": float(loss), "lr": settings.lr * factor, **terms})
+            values = {name: float(value) for name, value in losses.items()}
+            self._record("train", phase.name, {"lr": settings.lr * factor, **values})
         epoch = position.total_step // self._steps_per_epoch
         if is_last or (ends_epoch and epoch % settings.evaluate_every == 0):
             reached = self._evaluate(objective.taught)
@@ -279,7 +283,7 @@ class Loop:
             self._record("evaluation", phase.name, {"accuracy": reached, "network": network})
             self._display.say(
                 f"{phase.name}, epoch {position.total_step / self._steps_per_epoch:.2f}: "
-                f"accuracy {100 * reached:.2f} %, loss {float(loss):.3f}"
+                f"accuracy {100 * reached:.2f} %, loss {float(losses['loss']):.3f}"
             )
         if ends_epoch or is_last or time.monotonic() - self._saved >= settings.checkpoint_seconds:
             self._save(objective.networks, optimizer)
