@@ -277,6 +277,8 @@ class Loop:
         epoch = position.total_step // self._steps_per_epoch
         if is_last or (ends_epoch and epoch % settings.evaluate_every == 0):
             reached = self._evaluate(objective.taught)
+            # Tapped modules ran in it too: what their hooks kept would make torch.compile trace the objective anew.
+            objective._hooks.collect()
             if objective.taught is objective.networks.student:
                 position.best_accuracy = max(position.best_accuracy, reached)
             network = "student" if objective.taught is objective.networks.student else "teacher"
@@ -362,7 +364,7 @@ class Loop:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self._position.total_step)
+        writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self._position.total_step + 1)
         try:
             yield writer
         finally:
