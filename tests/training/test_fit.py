@@ -58,7 +58,7 @@ def test_a_student_with_too_few_outputs(tmp_path: Path):
 
 
 def test_a_student_of_the_wrong_kind(tmp_path: Path):
-    with pytest.raises(ValueError, match="trains a quantized student; call fewbits.quantize"):
+    with pytest.raises(ValueError, match=r"trains a quantized student; call fewbits\.quantize"):
         try_to_fit(network(), None, "plain", tmp_path / "run", **SETTINGS)
     with pytest.raises(ValueError, match="trains the float network itself, got a quantized one"):
         try_to_fit(quantize(network()), None, "float", tmp_path / "run", **SETTINGS)

@@ -2,17 +2,21 @@
 
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_worker import SETTINGS, Stopped, network, part_of_digits, same_run, stopped_at, train
 
 from fewbits.convert import quantize
+from fewbits.distill import CrossEntropy, Networks, Phase, Step, Tap, Term
+from fewbits.distill.base import NetworkName
+from fewbits.precision import Precision
 from fewbits.quantizers import Quantizer
-from fewbits.recipes import make
+from fewbits.recipes import Recipe, make
 from fewbits.training import Settings, fit, read_metrics
 from fewbits.training import loop as loop_module
 from fewbits.training.loop import make_optimizer, steps_per_epoch
@@ -296,3 +300,77 @@ def test_clipping_bounds_what_a_step_changes():
     # One step of Nesterov SGD from rest moves lr * (1 + momentum) * gradient.
     assert moved(clipped.student) == pytest.approx(0.05 * 1.9 * 1e-3, rel=1e-3)
     assert moved(free.student) > 10 * moved(clipped.student)
+
+
+class Scale(nn.Module):
+    """A helper that starts at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.randn(10))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        self.calls += 1
+        return logits * self.factor
+
+
+@dataclass(frozen=True)
+class Helped(Term):
+    """A term whose helper is trained; two phases have one each, under two names."""
+
+    name: ClassVar[str] = "helped"
+
+    def logits(self) -> tuple[NetworkName, ...]:
+        return ("student",)
+
+    def helper(self, networks: Networks) -> nn.Module:
+        return Scale()
+
+    def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
+        assert helper is not None
+        return nn.functional.cross_entropy(helper(step.logits["student"]), step.targets)
+
+
+@dataclass(frozen=True)
+class HelpedToo(Helped):
+    name: ClassVar[str] = "helped_too"
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """Quantizes and does not, in turns: gates depend on the step, not on where a process began."""
+
+    def at(self, progress: float) -> Precision:
+        on = round(progress * 100) % 3 != 0
+        return Precision(weights=on, activations=not on)
+
+
+@dataclass(frozen=True)
+class TwoPhases(Recipe):
+    name: str = "two-phases"
+
+    def phases(self) -> tuple[Phase, ...]:
+        terms = (CrossEntropy(), Helped()), (CrossEntropy(), HelpedToo())
+        return (
+            Phase("first", 0.4, terms[0], precision=Alternating()),
+            Phase("second", 0.6, terms[1], precision=Alternating()),
+        )
+
+
+def test_helpers_and_gates_of_later_phases_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Helpers of finished phases are still in the checkpoint; those of the next phase start at random."""
+
+    def run(folder: Path, resume: bool = False) -> None:
+        student = quantize(network(0, dropout=0.2), weights=3, activations=3)
+        torch.seed()  # nothing may depend on the state that a process starts with
+        common = {**SETTINGS, "checkpoint_seconds": 0, "progress": False}
+        fit(student, recipe=TwoPhases(), data=part_of_digits(), output=folder, resume=resume, **common)
+
+    run(tmp_path / "whole")
+    for save in range(1, NUM_STEPS + 1):
+        folder = tmp_path / f"stopped-{save}"
+        with stopped_at(monkeypatch, save, written=True):
+            run(folder)
+        run(folder, resume=True)
+        same_run(tmp_path / "whole", folder)

@@ -175,13 +175,17 @@ class Loop:
             return None
         example = next(self._calibration_batches())[:2]
         networks: Networks | None = None
-        for index in range(self._position.phase + 1):
+        for index, phase in enumerate(self.recipe.phases()[: self._position.phase + 1]):
             networks = self.recipe.begin(self.student, self.teacher, example=example, phase=index, networks=networks)
+            if index < self._position.phase:
+                Objective(networks, phase).close()  # it makes the phase's helpers, which the checkpoint holds too
         return networks
 
     def _objective(self, index: int, networks: Networks | None, checkpoint: Checkpoint | None) -> Objective:
         """The objective of a phase: begun from real images, or loaded."""
         phase = self.recipe.phases()[index]
+        # Helpers start at random: after a resume between two phases the next one must draw the same numbers.
+        torch.manual_seed(_step_seed(self.settings.seed, self._position.total_step, 0))
         if checkpoint is None:
             self._position.phase, self._position.step = index, 0
             return self.recipe.objective(
@@ -189,6 +193,9 @@ class Loop:
             )
         assert networks is not None
         objective = Objective(networks, phase)
+        # The last step's gates come with the checkpoint; the objective has to know of them to change them.
+        last = self._position.step - 1
+        objective.set_progress(last / self._phase_steps[index], self._position.total_step - 1)
         try:
             load_networks(networks, checkpoint.part("networks"))
         except ValueError:
