@@ -86,7 +86,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     lowest, highest = 0, zero.high - zero.low
     step, lower_end = scale, 0.0
     if isinstance(quantizer, EWGSActivation):
-        lower_end = float(quantizer.lower)
+        lower_end = float(quantizer.lower.detach())
         step = (positive(quantizer.upper - quantizer.lower) / quantizer.num_steps).detach().numpy()
     views: list[ir.Node] = []
     while (node := producer(x, "Relu", "Clip", *_VIEWS)) is not None and only_reader_of(x):

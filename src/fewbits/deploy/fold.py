@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,24 @@ class Site:
     Args:
         layer: qualified name.
         weight: the int8 weights (float for grids that integers cannot serve).
-        reason: why no integer kernel can serve it; empty if one can.
+        reason: why no integer kernel serves it; empty if one does.
+        result: what the layer gives, batch norm included.
     """
 
     layer: str
     weight: ir.Value
     reason: str
+    result: ir.Value
+
+
+class Care(IntEnum):
+    """How much is spent on a layer, so that its rounded bias gives the trained codes."""
+
+    PLAIN = 0
+    LIFTED = 1
+    """Its input's codes are shifted up to use all 8 bits (for weights of 5 bits and more this is so at once)."""
+    FLOAT = 2
+    """No bias is fine enough: the layer runs in float."""
 
 
 @dataclass(frozen=True)
@@ -61,39 +74,39 @@ class _Affine:
     spread: Floats | None = None
 
 
-def lower_convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
+def lower_convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str, care: Care) -> Site:
     """Replace ``conv`` and the batch norm behind it."""
     x, bias = conv.inputs[0], array_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
     assert x is not None
     if grid.offset is not None:
         weight = decoded(builder, grid)
-        conv.replace_input_with(0, _in_float(builder, x))
+        conv.replace_input_with(0, in_float(builder, x))
         conv.replace_input_with(1, weight)
-        return Site(layer, weight, _float_grid(grid))
+        return Site(layer, weight, _float_grid(grid), conv.outputs[0])
     num_channels = len(grid.unsigned)
     affine = _behind(conv.outputs[0], np.zeros(num_channels) if bias is None else bias.astype(np.float64))
-    kind = _kind(x, affine.end)
-    made = _integer(builder, x, grid, affine, conv.attributes) if kind == "" else None
+    reason = _reason(x, affine.end, care)
+    made = _integer(builder, x, grid, affine, conv.attributes, care) if reason == "" else None
     if made is None:
-        made = _float(builder, x if kind else _in_float(builder, x), grid, affine, conv.attributes)
-        kind = kind or "the bias does not fit into int32 beside such small scales"
+        made = _float(builder, in_float(builder, x), grid, affine, conv.attributes)
+        reason = reason or "the bias does not fit into int32 beside such small scales"
     value, weight = made
     replace(affine.end, value)
-    return Site(layer, weight, kind)
+    return Site(layer, weight, reason, value)
 
 
-def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) -> Site:
+def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str, care: Care) -> Site:
     """Replace a Gemm, or the MatMul with a transposed weight that a linear layer on tokens becomes."""
     x = node.inputs[0]
     assert x is not None
     bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    reason = _float_grid(grid) if grid.offset is not None else "" if GRID in x.meta else "its input is not quantized"
+    reason = _float_grid(grid) if grid.offset is not None else _reason(x, None, care)
     if reason:
         weight = decoded(builder, grid)
-        product = builder.node("MatMul", _in_float(builder, x), builder.node("Transpose", weight, perm=[1, 0]))
+        product = builder.node("MatMul", in_float(builder, x), builder.node("Transpose", weight, perm=[1, 0]))
     elif node.op_type == "Gemm":
         shift = np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64)
-        made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None)
+        made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None, care)
         if made is None:
             raise ValueError(f"layer {layer}: a bias of {abs(shift).max():.3g} is beyond int32 beside its scales")
         product, weight = made
@@ -108,7 +121,7 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) 
     if bias is not None:
         product = builder.node("Add", product, builder.constant(bias, np.float32))
     replace(node.outputs[0], product)
-    return Site(layer, weight, reason)
+    return Site(layer, weight, reason, product)
 
 
 def _behind(y: ir.Value, bias: Floats) -> _Affine:
@@ -132,11 +145,13 @@ def _behind(y: ir.Value, bias: Floats) -> _Affine:
     return _Affine(factor, shift, y, centre, spread)
 
 
-def _kind(x: ir.Value, end: ir.Value) -> str:
-    """Why a convolution cannot run on integers; empty if it can."""
+def _reason(x: ir.Value, end: ir.Value | None, care: Care) -> str:
+    """Why a layer cannot run on integers; empty if it can. A convolution's result, ``end``, has to be quantized."""
     if GRID not in x.meta:
         return "its input is not quantized"
-    if only_reader(end, "QuantizeLinear") is None:
+    if care is Care.FLOAT:
+        return "an int32 bias is too coarse for its codes to be the trained ones"
+    if end is not None and only_reader(end, "QuantizeLinear") is None:
         return "its output is not quantized by one quantizer alone (residual=8 quantizes what enters additions)"
     return ""
 
@@ -146,10 +161,16 @@ def _float_grid(grid: WeightGrid) -> str:
 
 
 def _integer(
-    builder: Builder, x: ir.Value, grid: WeightGrid, affine: _Affine, conv_attributes: Attributes | None
+    builder: Builder,
+    x: ir.Value,
+    grid: WeightGrid,
+    affine: _Affine,
+    conv_attributes: Attributes | None,
+    care: Care,
 ) -> tuple[ir.Value, ir.Value] | None:
     """Weights times whole factors, per-channel scales, int32 bias; None where the bias does not fit."""
-    x = _lifted(builder, x, grid)
+    if care is Care.LIFTED or grid.bits >= LIFTED_BITS:
+        x = _lifted(builder, x)
     input_grid: Grid = x.meta[GRID]
     largest_input = max(input_grid.highest - min(input_grid.lowest, input_grid.zero_point), 1)
     scale = np.broadcast_to(grid.scale, affine.factor.shape) * np.abs(affine.factor)
@@ -185,9 +206,10 @@ def _integer(
     return builder.copy("Conv", tuple(inputs), conv_attributes), weight
 
 
-def _in_float(builder: Builder, x: ir.Value) -> ir.Value:
+def in_float(builder: Builder, x: ir.Value) -> ir.Value:
     """The same values without a DequantizeLinear: between that and a QuantizeLinear ONNX Runtime would quantize float
-    weights by itself, on a grid of its own."""
+    weights by itself, on a grid of its own.
+    """
     source = producer(x, "DequantizeLinear")
     if source is None or GRID not in x.meta:
         return x
@@ -204,12 +226,12 @@ def _is_stem(grid: WeightGrid, conv_attributes: Attributes | None) -> bool:
     return grid.bits > 5 and (group is None or group.value == 1)
 
 
-def _lifted(builder: Builder, x: ir.Value, grid: WeightGrid) -> ir.Value:
+def _lifted(builder: Builder, x: ir.Value) -> ir.Value:
     """The same values on a finer grid, for weights of so many bits that they leave little room for a factor."""
     input_grid: Grid = x.meta[GRID]
     shift = 8 - max(input_grid.highest, 1).bit_length()
     source = producer(x, "DequantizeLinear")
-    if shift == 0 or grid.bits < LIFTED_BITS or source is None or source.inputs[0] is None:
+    if shift == 0 or source is None or source.inputs[0] is None:
         return x
     codes = builder.node("BitShift", source.inputs[0], builder.constant(shift, np.uint8), direction="LEFT")
     zero_point, lowest, highest = (v << shift for v in (input_grid.zero_point, input_grid.lowest, input_grid.highest))

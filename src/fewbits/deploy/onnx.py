@@ -14,9 +14,9 @@ from torch import nn
 from ..quantizers import Quantizer
 from . import activations, fold, weights
 from .activations import Cut
-from .builder import Builder, array_of, replace
+from .builder import Builder, array_of, producer, replace
 from .compact import compact
-from .fold import Site
+from .fold import Care, Site
 from .graph import MARK
 from .movement import push_dequantize
 
@@ -35,15 +35,26 @@ class Built:
     cuts: tuple[Cut, ...]
     sites: tuple[Site, ...]
 
+    def layer_before(self, cut: Cut) -> str | None:
+        """The layer that gives the values of ``cut``, if one does."""
+        value: ir.Value | None = cut.value
+        while (node := producer(value, "Clip", "QuantizeLinear")) is not None:
+            value = node.inputs[0]
+        return next((site.layer for site in self.sites if site.result is value), None)
 
-def build(model: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> Built:
-    """Replace every marker of ``model`` (changed in place).
+
+def build(
+    traced: ir.Model, student: nn.Module, metadata: Mapping[str, str], care: Mapping[str, Care] | None = None
+) -> Built:
+    """Replace every marker of a copy of ``traced``.
 
     Args:
-        model: from ``graph.trace``.
+        traced: from ``graph.trace``.
         student: the network that it was traced from.
         metadata: goes into the file.
+        care: layers that need more than the plain way, see ``Care``.
     """
+    model = traced.clone()
     builder = Builder(model.graph)
     quantizers = {name: m for name, m in student.named_modules() if isinstance(m, Quantizer)}
     marks = sorted(
@@ -69,7 +80,9 @@ def build(model: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> B
     for mark in marks:
         name = mark.attributes["quantizer"].as_string()
         if quantizers[name].spec.role == "weight":
-            sites += _weights(builder, mark, quantizers[name], name)
+            layer = name.rpartition(".")[0]
+            sites += _weights(builder, mark, quantizers[name], layer, (care or {}).get(layer, Care.PLAIN))
+    _float_weights(builder)
     for mark in marks:
         if mark.graph is not None:
             builder.graph.remove(mark)
@@ -77,24 +90,33 @@ def build(model: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> B
     return Built(proto, tuple(cuts), tuple(sites))
 
 
-def _weights(builder: Builder, mark: ir.Node, quantizer: Quantizer, name: str) -> list[Site]:
+def _weights(builder: Builder, mark: ir.Node, quantizer: Quantizer, layer: str, care: Care) -> list[Site]:
     parameter = mark.inputs[0]
     assert parameter is not None
     weight = array_of(parameter)
-    assert weight is not None, f"{name} quantizes something that is no parameter"
-    layer = name.rpartition(".")[0]
+    assert weight is not None, f"{layer} quantizes a weight that is no parameter"
     grid = weights.encode(quantizer, torch.from_numpy(weight.copy()), f"{layer}.weight")
     sites = []
     for node in fold.layers_of(mark):
         if fold.is_convolution(node, mark):
-            sites.append(fold.lower_convolution(builder, node, grid, layer))
+            sites.append(fold.lower_convolution(builder, node, grid, layer, care))
         elif fold.is_linear(node, mark):
-            sites.append(fold.lower_linear(builder, node, grid, layer))
+            sites.append(fold.lower_linear(builder, node, grid, layer, care))
         else:
             value = weights.decoded(builder, grid)
             replace(mark.outputs[0], value)
-            return [Site(layer, value, f"its weight goes into {node.op_type}, which has no integer kernel here")]
+            reason = f"its weight goes into {node.op_type}, which has no integer kernel here"
+            return [Site(layer, value, reason, node.outputs[0])]
     return sites
+
+
+def _float_weights(builder: Builder) -> None:
+    """Layers whose weight is not quantized must not be quantized by the engine."""
+    for node in list(builder.graph):
+        if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 and array_of(node.inputs[1]) is not None:
+            x = node.inputs[0]
+            assert x is not None
+            node.replace_input_with(0, fold.in_float(builder, x))
 
 
 def _global_pools(builder: Builder) -> None:

@@ -102,15 +102,29 @@ def compare(model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: S
         key = (cut.quantizer, cut.call)
         got, wanted = found[str(cut.value.name)], _shaped(expected, cut)
         difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64)).reshape(-1) / expected.steps[key]
-        name = cut.quantizer + (f"#{cut.call + 1}" if cut.call else "")
         # Dynamic grids are compared as values: what is nearer than half a step is the same code.
         equal, largest = float((difference < 0.5).mean()), float(difference.max())
-        rows.append(CodeRow(name, expected.bits[cut.quantizer], equal, largest))
+        rows.append(CodeRow(row_name(cut), expected.bits[cut.quantizer], equal, largest))
     logits = np.abs(found[OUTPUT] - expected.logits)
     close = logits <= LOGIT_TOLERANCE * max(float(np.abs(expected.logits).max()), 1e-6)
     rows.append(CodeRow(OUTPUT, 32, float(close.mean()), float(logits.max())))
     predicted = (_predictions(whole) == _predictions(expected.logits)).mean()
     return Parity(float(np.abs(whole - expected.logits).max()), float(predicted), tuple(rows))
+
+
+def row_name(cut: Cut) -> str:
+    """The name of a cut's row."""
+    return cut.quantizer + (f"#{cut.call + 1}" if cut.call else "")
+
+
+def wrong_rows(parity: Parity) -> list[CodeRow]:
+    """Places that differ by more than rounding."""
+    return [
+        row
+        for row in parity.codes
+        if not row.equal >= (1.0 if row.bits == 32 else MINIMUM_EQUAL_CODES)
+        or (row.bits < 32 and row.largest > LARGEST_STEP + 0.5)
+    ]
 
 
 def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
@@ -121,12 +135,7 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
     Raises:
         ParityError: it names the worst layer and by how much it is off.
     """
-    wrong = [
-        row
-        for row in parity.codes
-        if not row.equal >= (1.0 if row.bits == 32 else MINIMUM_EQUAL_CODES)
-        or (row.bits < 32 and row.largest > LARGEST_STEP + 0.5)
-    ]
+    wrong = wrong_rows(parity)
     if wrong:
         worst = min(wrong, key=lambda row: row.equal)
         raise ParityError(

@@ -93,9 +93,7 @@ def unpacked(
     return builder.node("Cast", value, to=ir.DataType.INT8)
 
 
-def _copied(
-    builder: Builder, weight: ir.Value, shape: tuple[int, ...], multiplier: Ints, copies: int
-) -> ir.Value:
+def _copied(builder: Builder, weight: ir.Value, shape: tuple[int, ...], multiplier: Ints, copies: int) -> ir.Value:
     """O x I x ... -> O x (copies * I) x ...: the weights once in the file, repeated when it is loaded."""
     num_outputs, num_inputs, *kernel = shape
     shares = (np.abs(multiplier)[:, None] + np.arange(copies)) // copies * np.sign(multiplier)[:, None]
