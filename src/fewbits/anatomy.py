@@ -8,10 +8,13 @@ from typing import Any, Self
 
 from torch import nn
 
-_STAGE = re.compile(r"^(layer\d+|stages[._]\d+|layers[._]\d+|features|blocks)$")
+_STAGE = re.compile(r"^(layer\d+|stage\d+|stages[._]\d+|layers[._]\d+|features|blocks)$")
 _BLOCK = re.compile(
-    r"^(layer\d+\.\d+|stages[._]\d+\.blocks[._]\d+|layers[._]\d+\.blocks[._]\d+|blocks[._]\d+|features\.\d+)$"
+    r"^(layer\d+\.\d+|stages[._]\d+\.blocks[._]\d+|layers[._]\d+\.blocks[._]\d+|s\d+\.b\d+|blocks[._]\d+\.\d+)$"
 )
+_FLAT_BLOCK = re.compile(r"^(blocks[._]\d+|features\.\d+)$")
+# timm counts the stem as a stage; a stage that a loss compares ends a resolution behind blocks.
+_STEMS = {"act1", "bn1", "conv_stem", "stem", "features.norm0"}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,18 @@ class Anatomy:
         Raises:
             ValueError: there is no linear or convolutional layer that could be a head.
         """
-        names = [name for name, _ in model.named_modules() if name]
+        names = [name for name, module in model.named_modules() if name and _holds_layers(module)]
         head = _stated_head(model) or _last_layer(model)
-        blocks = tuple(name for name in names if _BLOCK.match(name))
+        # MobileNets hold stages of blocks in "blocks", transformers the blocks themselves.
+        blocks = tuple(name for name in names if _BLOCK.match(name)) or tuple(
+            name for name in names if _FLAT_BLOCK.match(name)
+        )
         stages = _stated_stages(model) or tuple(name for name in names if _STAGE.match(name))
         return cls(stages=stages, blocks=blocks, head=head)
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Linear | nn.Conv2d) for inner in module.modules() if inner is not module)
 
 
 def _last_layer(model: nn.Module) -> str:
@@ -55,6 +65,8 @@ def _last_layer(model: nn.Module) -> str:
 def _stated_head(model: nn.Module) -> str | None:
     config: Any = getattr(model, "default_cfg", None) or {}
     stated = config.get("classifier") if hasattr(config, "get") else None
+    if isinstance(stated, list | tuple) and stated:
+        stated = stated[0]  # a distilled transformer has a second head, for its teacher's labels
     if not isinstance(stated, str):
         return None
     modules = dict(model.named_modules())
@@ -67,5 +79,4 @@ def _stated_stages(model: nn.Module) -> tuple[str, ...]:
         return ()
     modules = dict(model.named_modules())
     stated = [entry.get("module", "") for entry in information if isinstance(entry, dict)]
-    # timm counts the stem's activation as a stage; a stage that a loss compares ends a resolution behind blocks.
-    return tuple(name for name in stated if name in modules and name not in {"act1", "bn1", "conv_stem"})
+    return tuple(name for name in stated if name in modules and name not in _STEMS)

@@ -26,11 +26,18 @@ class Networks(nn.Module):
         student: the network that is trained and shipped.
         teacher: the float network that teaches it, if any.
         example: a few images, N x C x H x W, normalised; they give helpers their shapes.
+        anatomies: where the parts of a network are, for those whose names do not tell.
     """
 
     example: Tensor
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        example: Tensor,
+        anatomies: Mapping[NetworkName, Anatomy] | None = None,
+    ) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
@@ -38,6 +45,11 @@ class Networks(nn.Module):
         self.register_buffer("example", example, persistent=False)
         self.num_phases = 0
         """Phases begun so far; their edits are in place."""
+        self.holders: list[Any] = []
+        """The objective at work, in a list: a module would become a part. The next one closes it."""
+        self._anatomies = dict(anatomies or {})
+        for name, anatomy in self._anatomies.items():
+            _check_parts(self.network(name), name, anatomy)
 
     def network(self, name: NetworkName) -> nn.Module:
         """The student or the teacher.
@@ -54,8 +66,15 @@ class Networks(nn.Module):
         return self.teacher
 
     def anatomy(self, name: NetworkName) -> Anatomy:
-        """Where the parts of a network are."""
-        return Anatomy.of(self.network(name))
+        """Where the parts of a network are: as the user said, else read off the network."""
+        return self._anatomies.get(name) or Anatomy.of(self.network(name))
+
+
+def _check_parts(network: nn.Module, name: NetworkName, anatomy: Anatomy) -> None:
+    modules = dict(network.named_modules())
+    for part in (*anatomy.stages, *anatomy.blocks, anatomy.head):
+        if part not in modules:
+            raise ValueError(f"anatomy names {part!r}, but the {name} has no such module; see model.named_modules()")
 
 
 @dataclass(frozen=True)
