@@ -38,9 +38,14 @@ def kl_divergence(teacher_NC: Tensor, student_NC: Tensor, temperature: float = 1
         student_NC: logits of the side that learns, of the same shape.
         temperature: T, positive.
 
+    Raises:
+        ValueError: the temperature is not positive.
+
     >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 0.0]])).item()
     0.0
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; 1 leaves the probabilities as they are")
     log_p = F.log_softmax(teacher_NC.float() / temperature, 1)
     log_q = F.log_softmax(student_NC.float() / temperature, 1)
     return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()

@@ -39,6 +39,9 @@ class Objective(nn.Module):
 
     def __init__(self, networks: Networks, phase: Phase) -> None:
         super().__init__()
+        # Whatever the phase before froze may be trained now.
+        for holder in list(networks.holders):
+            holder.close()
         self.networks = networks
         self.phase = phase
         self._names = _unique_names(phase.terms)
@@ -53,11 +56,18 @@ class Objective(nn.Module):
         self._trained: set[NetworkName] = {group.network for group in phase.trains}
         for network in self._runs:
             networks.network(network)
+        for network in self._trained:
+            _check_trainable(networks.network(network), network)
         self._hooks = Taps([tap for taps in self._taps.values() for tap in taps], networks.student, networks.teacher)
         self._frozen = self._freeze()
+        networks.holders.append(self)
         self.set_progress(0.0, 0)
         self.train()
-        self._try_out()
+        try:
+            self._try_out()
+        except BaseException:
+            self.close()  # the networks are the caller's: no hook and no frozen parameter stays behind
+            raise
 
     @property
     def taught(self) -> nn.Module:
@@ -119,7 +129,9 @@ class Objective(nn.Module):
                     {"name": f"{group.network}.{kind}", "params": params, "lr": kind_lr, "weight_decay": decay}
                 )
         helpers = [p for p in self.networks.helpers.parameters() if p.requires_grad]
-        groups.append({"name": "helpers", "params": helpers, "lr": helper_lr or lr, "weight_decay": 0.0})
+        groups.append(
+            {"name": "helpers", "params": helpers, "lr": lr if helper_lr is None else helper_lr, "weight_decay": 0.0}
+        )
         return [group for group in groups if group["params"]]
 
     def set_progress(self, progress: float, step: int) -> None:
@@ -143,6 +155,9 @@ class Objective(nn.Module):
         self._hooks.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        self._frozen = []  # a second call must not undo what the next objective freezes
+        if self in self.networks.holders:
+            self.networks.holders.remove(self)
 
     def _freeze(self) -> list[nn.Parameter]:
         frozen = []
@@ -164,6 +179,15 @@ class Objective(nn.Module):
             self(images, torch.zeros(len(images), dtype=torch.int64, device=images.device))
         finally:
             self.train(was_training)
+
+
+def _check_trainable(network: nn.Module, name: NetworkName) -> None:
+    split = _split(network)
+    if not split["weights"] and not split["no_decay"]:
+        raise ValueError(
+            f"no weight of the {name} requires a gradient, so this phase would train nothing; call "
+            f"{name}.requires_grad_(True) (quantize() keeps what the float network had)"
+        )
 
 
 def _unique_names(terms: tuple[Term, ...]) -> dict[str, Term]:

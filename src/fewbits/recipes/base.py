@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..anatomy import Anatomy
 from ..convert import calibrate, quantizers_of
 from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
+from ..distill.base import NetworkName
 
 EXAMPLES = 2
 """Images that stay with the networks to give helpers their shapes."""
@@ -73,6 +75,7 @@ class Recipe:
         batches: Iterable[Any],
         phase: int = 0,
         networks: Networks | None = None,
+        anatomy: Anatomy | Mapping[NetworkName, Anatomy] | None = None,
     ) -> Objective:
         """The objective of one phase, ready to train: structure edited, quantizers and edits set from real images.
 
@@ -82,13 +85,16 @@ class Recipe:
             batches: a few batches of images, or of (images, labels), normalised.
             phase: index into ``phases()``.
             networks: of the phase before, for every phase but the first.
+            anatomy: where the head, stages and blocks are, if the names of the network do not tell; one for both
+                networks, or one for each by ``"student"`` and ``"teacher"``. Later phases keep it.
 
         Raises:
             ValueError: a teacher is missing, a phase is asked for whose earlier ones have not run, or student and
                 teacher do not fit together.
         """
         images = list(_images(batches))
-        networks = self.begin(student, teacher, example=_example(images), phase=phase, networks=networks)
+        example = _example(images)
+        networks = self.begin(student, teacher, example=example, phase=phase, networks=networks, anatomy=anatomy)
         device = networks.example.device
         for edit in self.phases()[phase].edits:
             edit.initialise(networks, (batch.to(device) for batch in images))
@@ -103,13 +109,16 @@ class Recipe:
         example: Tensor,
         phase: int,
         networks: Networks | None,
+        anatomy: Anatomy | Mapping[NetworkName, Anatomy] | None = None,
     ) -> Networks:
         """The networks with the structure of ``phase``; values are set by ``objective``, or loaded on resume."""
         phases = self.phases()
         if not 0 <= phase < len(phases):
             raise ValueError(f"phase must be 0..{len(phases) - 1} for recipe {self.name!r}, got {phase}")
         if networks is None:
-            networks = self._start(student, teacher, example)
+            networks = self._start(student, teacher, example, anatomy)
+        elif student is not networks.student:
+            raise ValueError("student is another object than networks.student; each phase trains on the same one")
         if networks.num_phases != phase:
             raise ValueError(
                 f"phase {phase} of recipe {self.name!r} needs the networks of phase {phase - 1}, but "
@@ -120,7 +129,13 @@ class Recipe:
         networks.num_phases = phase + 1
         return networks
 
-    def _start(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> Networks:
+    def _start(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        example: Tensor,
+        anatomy: Anatomy | Mapping[NetworkName, Anatomy] | None,
+    ) -> Networks:
         is_quantized = any(True for _ in quantizers_of(student))
         if self.quantized and not is_quantized:
             raise ValueError(
@@ -139,10 +154,15 @@ class Recipe:
             teacher = None
         if teacher is not None and any(phase.edits or phase.trains != (Group("student"),) for phase in self.phases()):
             teacher = copy.deepcopy(teacher)
+            if not any(parameter.requires_grad for parameter in teacher.parameters()):
+                # Many people freeze a teacher by hand; the phases decide about this copy.
+                teacher.requires_grad_(True)
         device = next(student.parameters()).device
         if teacher is not None:
             teacher = teacher.to(device)
-        return Networks(student, teacher, example.to(device))
+        if isinstance(anatomy, Anatomy):
+            anatomy = {"student": anatomy} if teacher is None else {"student": anatomy, "teacher": anatomy}
+        return Networks(student, teacher, example.to(device), anatomy)
 
     def with_options(self, **options: Any) -> Recipe:
         """The same recipe with other fields."""

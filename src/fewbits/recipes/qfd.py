@@ -49,6 +49,8 @@ class QuantizeFeature(Edit):
         """See the class."""
         teacher = networks.network("teacher")
         head = teacher.get_submodule(networks.anatomy("teacher").head)
+        if QUANTIZER in dict(head.named_children()):
+            raise ValueError("the teacher's feature is quantized already; pass the float network as teacher")
         width = head.in_features if isinstance(head, nn.Linear) else head.in_channels
         bits = self.bits or (1 if int(width) >= WIDE else 4)  # type: ignore[arg-type]
         device = next(teacher.parameters()).device
