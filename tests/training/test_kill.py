@@ -42,7 +42,7 @@ def kill_at(process: subprocess.Popen[str], folder: Path, *, step: int = 0, held
             checkpoint = None if held else load_checkpoint(folder / "checkpoint")
             if checkpoint and checkpoint.values["position"]["total_step"] >= step:
                 return
-            time.sleep(0.002)
+            time.sleep(0.005)
         raise AssertionError("the run did not get there in time")
     finally:
         process.send_signal(signal.SIGKILL)

@@ -6,6 +6,7 @@ both come from ``train``.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -154,12 +155,26 @@ def hold_write(number: int) -> None:
     os.fsync = held
 
 
+def slow_save() -> None:
+    """Let the first process take its time to write the student."""
+    module = importlib.import_module("fewbits.training.fit")  # the function hides its module
+    save = module.save_tensors
+
+    def slowly(*args: Any) -> None:
+        time.sleep(1.0)
+        save(*args)
+
+    module.save_tensors = slowly
+
+
 def main(argument: str) -> int:
     """Run what a JSON list of objects says, one after the other; print for each what it gave, or its error."""
     torch.set_num_threads(1)
     for config in json.loads(argument):
         if "hold_write" in config:
             hold_write(config.pop("hold_write"))
+        if config.pop("slow_save", False):
+            slow_save()
         data = part_of_digits(config.pop("num_train", NUM_TRAIN), config.pop("num_test", NUM_TEST))
         try:
             result = train(data=data, **config)

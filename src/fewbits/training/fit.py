@@ -108,6 +108,8 @@ def fit(
         if outcome.ema is not None:
             save_tensors(folder.path / STUDENT_EMA, outcome.ema.state_dict())
         save_tensors(folder.path / STUDENT, outcome.networks.student.state_dict())
+    # Whoever looks into the folder next, in whatever process, finds the student there.
+    loop._accelerator.wait_for_everyone()
     return Result(
         student=outcome.networks.student,
         teacher=outcome.networks.teacher,
