@@ -19,10 +19,13 @@ ERRORS = (ValueError, TypeError, OSError, TrainingError, ParityError, ImportErro
 """What a user can cause: one clear line and exit code 1, no traceback. Wrong usage is exit code 2."""
 
 
-def _command(config: type, name: str, help_: str) -> Any:
-    command = Annotated[config, subcommand(name=name, description=help_)]
+def _command(config: Any, name: str, help_: str) -> Any:
+    # These types are made at run time, from the table of commands, where a type checker cannot follow.
+    annotated: Any = Annotated
+    positional: Any = PositionalRequiredArgs
+    command = annotated[config, subcommand(name=name, description=help_)]
     # A run folder is named as it is: fewbits export runs/x. What train needs are options with names.
-    return command if config is commands.Train else PositionalRequiredArgs[command]
+    return command if config is commands.Train else positional[command]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
