@@ -8,12 +8,13 @@ from fewbits.deploy import accuracy, bench, export
 from .networks import Residual, images, live, student
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    x = images(8)
-    paths = {"float": tmp_path / "float.onnx", "student": tmp_path / "student.onnx"}
-    export(live(Residual(), [x]), paths["float"], example=x)
-    export(student(Residual(), 2, 2), paths["student"], example=x, minimum_equal=0.0)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    folder, x = tmp_path_factory.mktemp("exported"), images(8)
+    paths = {"float": folder / "float.onnx", "student": folder / "student.onnx"}
+    export(live(Residual(), [x]), paths["float"], example=x, normalisation=None)
+    export(student(Residual(), 2, 2), paths["student"], example=x, normalisation=None, minimum_equal=0.0)
     return paths
 
 
@@ -33,7 +34,7 @@ def test_accuracy_is_pytorchs(files: dict[str, Path]):
     x = images(8)
     model = student(Residual(), 2, 2)
     path = files["student"].with_name("again.onnx")
-    export(model, path, example=x, minimum_equal=0.0)
+    export(model, path, example=x, normalisation=None, minimum_equal=0.0)
     with torch.no_grad():
         labels = model(x).argmax(1)
     assert accuracy(path, [(x[:5], labels[:5]), (x[5:], labels[5:])]) >= 7 / 8

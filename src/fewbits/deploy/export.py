@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     example: Tensor,
-    normalisation: Normalisation | None = None,
+    normalisation: Normalisation | None | Literal["trained"] = "trained",
     engine: str = "onnxruntime",
     check: bool = True,
     minimum_equal: float = MINIMUM_EQUAL,
@@ -51,7 +51,8 @@ def export(
         student: a quantized and calibrated network; it is neither changed nor moved.
         path: ends in ``.onnx``; a file that is there is replaced once the new one is proved.
         example: real images in 0..1, N x C x H x W; all of them serve as the proof, so 64 or more are better than one.
-        normalisation: mean and std of the pixels that the student was trained with; None if it takes pixels in 0..1.
+        normalisation: mean and std of the pixels that the student was trained with; by default what ``fit`` trained it
+            with; None if it takes pixels in 0..1 as they are.
         engine: ``"onnxruntime"``.
         check: whether to run the file and compare; a file that was not checked may be wrong.
         minimum_equal: share of images that must get the same prediction; of few images one may differ.
@@ -70,6 +71,8 @@ def export(
         raise ValueError(f"path must end in .onnx for engine {engine!r}, got {target.name!r}")
     if not target.parent.is_dir():
         raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
+    if normalisation == "trained":
+        normalisation = _trained_with(student)
     images = _check_images(example, normalisation)
     _check_numbers(student)
     try:
@@ -106,10 +109,23 @@ def export(
         theoretical_bytes=theoretical,
         float_bytes=full,
         max_difference=found.max_difference if found else float("nan"),
+        mean_difference=found.mean_difference if found else float("nan"),
+        own_difference=found.own_difference if found else float("nan"),
         equal_predictions=found.equal_predictions if found else float("nan"),
         layers=rows,
         codes=found.codes if found else (),
     )
+
+
+def _trained_with(student: nn.Module) -> Normalisation | None:
+    """The normalisation that ``fit`` left with the student; a network from another loop has none and has to say."""
+    if "fewbits_normalisation" not in student.__dict__:
+        raise ValueError(
+            "normalisation is not known, for student was not trained by fit; pass the mean and std of its pixels, or None "
+            "if it takes pixels in 0..1 as they are"
+        )
+    known: Normalisation | None = student.__dict__["fewbits_normalisation"]
+    return known
 
 
 def _check_images(example: Tensor, normalisation: Normalisation | None) -> Tensor:
@@ -162,7 +178,7 @@ def _metadata(student: nn.Module, class_names: Sequence[str]) -> dict[str, str]:
 
 
 def _more_care(built: onnx.Built, found: parity.Parity, care: Mapping[str, fold.Care]) -> dict[str, fold.Care]:
-    """The next step for layers whose codes differ in more than the few that rounding explains; none when all is well."""
+    """The next step for layers whose codes differ in more than rounding explains; none when all is well."""
     from . import fold, parity
 
     wrong = {row.name for row in parity.wrong_rows(found)}
@@ -176,7 +192,7 @@ def _layers(network: nn.Module, built: onnx.Built, readers: dict[str, str]) -> t
     for site in built.sites:
         layer = network.get_submodule(site.layer)
         assert isinstance(layer, QuantLayer)
-        kernel = readers.get(str(site.weight.name), "?")
+        kernel = readers.get(str(site.weight.name)) or readers.get(str(site.result.name), "float")
         rows.append(LayerRow(site.layer, *_bits(layer), kernel, site.reason))
     return tuple(rows)
 

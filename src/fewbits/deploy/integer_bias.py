@@ -115,7 +115,7 @@ def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats,
     count = int(min(last - first + 1, _SUMS))
     if count <= 0:
         return np.zeros(0), np.zeros(0)
-    sums = np.round(np.linspace(first, last, count))
+    sums = np.asarray(np.round(np.linspace(first, last, count)), np.float64)
     share = np.exp(-0.5 * ((sums - centre) / spread) ** 2)
     return sums, np.asarray(share / share.sum(), np.float64)
 

@@ -18,6 +18,7 @@ from .builder import Builder, array_of, producer, replace
 from .compact import compact
 from .fold import Care, Site
 from .graph import MARK
+from .inputs import in_float
 from .movement import push_dequantize
 
 
@@ -116,7 +117,7 @@ def _float_weights(builder: Builder) -> None:
         if node.op_type in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1 and array_of(node.inputs[1]) is not None:
             x = node.inputs[0]
             assert x is not None
-            node.replace_input_with(0, fold.in_float(builder, x))
+            node.replace_input_with(0, in_float(builder, x))
 
 
 def _global_pools(builder: Builder) -> None:

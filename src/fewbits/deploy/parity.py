@@ -25,6 +25,12 @@ from .sessions import open_session, outputs
 
 MINIMUM_EQUAL_CODES = 0.999
 LARGEST_STEP = 1.0
+OWN_IMAGES = 64
+"""Images on which PyTorch is compared with itself: without its fast kernels it is slow."""
+
+OWN_FACTOR = 3.0
+"""The engine may be so many times as far from PyTorch as PyTorch is from itself."""
+
 LOGIT_TOLERANCE = 1e-2
 """Largest difference of a logit that is fed PyTorch's own codes, as a share of the largest logit."""
 
@@ -38,9 +44,11 @@ class Reference:
         codes: by quantizer and run: the exported codes (uint8), or for dynamic grids the float values.
         steps: by quantizer and run: one step of the grid in units of ``codes``.
         bits: by quantizer.
+        own_difference: mean difference of a logit between two orders of summation in PyTorch itself.
     """
 
     logits: Array
+    own_difference: float
     codes: dict[tuple[str, int], Array]
     steps: dict[tuple[str, int], float]
     bits: dict[str, int]
@@ -51,6 +59,8 @@ class Parity:
     """What was compared: see ``Exported``."""
 
     max_difference: float
+    mean_difference: float
+    own_difference: float
     equal_predictions: float
     codes: tuple[CodeRow, ...]
 
@@ -88,7 +98,22 @@ def reference(
     finally:
         for handle in handles:
             handle.remove()
-    return Reference(logits.float().numpy(), codes, steps, bits)
+    return Reference(logits.float().numpy(), _own_difference(student, images, normalisation, logits), codes, steps, bits)
+
+
+def _own_difference(student: nn.Module, images: Tensor, normalisation: Normalisation | None, logits: Tensor) -> float:
+    """How far PyTorch is from itself when sums are taken in another order.
+
+    A low-bit network amplifies float noise: a value that falls to the other side of a rounding boundary moves others
+    behind it. No engine can agree better with PyTorch than PyTorch does.
+    """
+    was_enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        again = student(normalise(images[:OWN_IMAGES], normalisation))
+    finally:
+        torch.backends.mkldnn.enabled = was_enabled
+    return float((again - logits[:OWN_IMAGES]).abs().mean())
 
 
 def compare(model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: Sequence[Cut]) -> Parity:
@@ -109,7 +134,8 @@ def compare(model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: S
     close = logits <= LOGIT_TOLERANCE * max(float(np.abs(expected.logits).max()), 1e-6)
     rows.append(CodeRow(OUTPUT, 32, float(close.mean()), float(logits.max())))
     predicted = (_predictions(whole) == _predictions(expected.logits)).mean()
-    return Parity(float(np.abs(whole - expected.logits).max()), float(predicted), tuple(rows))
+    apart = np.abs(whole - expected.logits)
+    return Parity(float(apart.max()), float(apart.mean()), expected.own_difference, float(predicted), tuple(rows))
 
 
 def row_name(cut: Cut) -> str:
@@ -130,7 +156,8 @@ def wrong_rows(parity: Parity) -> list[CodeRow]:
 def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
     """Raise if the engine disagrees.
 
-    Of few images one may differ, for one is more than the share that is allowed: the layers still have to agree.
+    Of few images one may differ, for one is more than the share that is allowed: the layers still have to agree. And
+    where PyTorch itself, summing in another order, is about as far from its own logits, the engine cannot do better.
 
     Raises:
         ParityError: it names the worst layer and by how much it is off.
@@ -144,11 +171,12 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
             f"difference {worst.largest:.4g}; nothing was written"
         )
     different = round((1 - parity.equal_predictions) * num_images)
-    if not different <= max(int((1 - minimum_equal) * num_images), 1):
+    unsteady = parity.mean_difference <= OWN_FACTOR * parity.own_difference
+    if not unsteady and different > max(int((1 - minimum_equal) * num_images), 1):
         raise ParityError(
             f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
-            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; largest difference "
-            f"of a logit {parity.max_difference:.4g}; nothing was written"
+            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; mean difference of a "
+            f"logit {parity.mean_difference:.4g}, of PyTorch from itself {parity.own_difference:.4g}; nothing was written"
         )
 
 

@@ -55,6 +55,8 @@ class Exported:
         theoretical_bytes: every weight at its bits, every other parameter at 32.
         float_bytes: every parameter at 32 bits.
         max_difference: largest difference of a logit between PyTorch and the engine; NaN if it was not checked.
+        mean_difference: mean difference of a logit, likewise.
+        own_difference: the same between two orders of summation in PyTorch itself: what float noise alone does.
         equal_predictions: share of images with the same prediction, 0 to 1; NaN if it was not checked.
         layers: kernel of each quantized layer.
         codes: parity of each activation quantizer, then of the logits; empty if it was not checked.
@@ -65,6 +67,8 @@ class Exported:
     theoretical_bytes: int
     float_bytes: int
     max_difference: float
+    mean_difference: float
+    own_difference: float
     equal_predictions: float
     layers: tuple[LayerRow, ...]
     codes: tuple[CodeRow, ...]

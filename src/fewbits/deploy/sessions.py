@@ -43,6 +43,8 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        # The last level only reorders float weights in memory, and renames them with that.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         source = str(model) if isinstance(model, Path) else model
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -55,8 +57,8 @@ def kernels(model: bytes) -> tuple[dict[str, str], Counter[str]]:
     """What ONNX Runtime makes of ``model``, read from the graph that it writes after its optimizations.
 
     Returns:
-        The operator that reads each value, by the value's name (constants that were folded keep theirs); and how often
-        each operator stands in the graph.
+        The operator that reads or else makes each value, by the value's name (folded constants keep theirs); and how
+        often each operator stands in the graph.
     """
     import onnx
 
@@ -67,6 +69,9 @@ def kernels(model: bytes) -> tuple[dict[str, str], Counter[str]]:
     readers: dict[str, str] = {}
     for node in graph.node:
         for name in node.input:
+            readers.setdefault(name, node.op_type)
+    for node in graph.node:
+        for name in node.output:
             readers.setdefault(name, node.op_type)
     return readers, Counter(node.op_type for node in graph.node)
 
