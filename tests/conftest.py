@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("fewbits", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("fewbits")

@@ -12,7 +12,7 @@ from fewbits.quantizers import Quantizer
 
 @pytest.fixture(autouse=True, scope="session")
 def traces() -> Iterator[None]:
-    """Tracing takes most of an export; networks that differ in the numbers of their quantizers alone share one trace."""
+    """Tracing takes most of an export; networks that differ in their quantizers' numbers alone share one trace."""
     kept: dict[str, Any] = {}
     trace = graph_module.trace
 

@@ -27,7 +27,9 @@ def logits(path: Path, x: torch.Tensor) -> np.ndarray:
 
 
 def ship(model: nn.Module, folder: Path, **options: Any) -> Exported:
-    return export(model, folder / "student.onnx", example=images(32), **{"normalisation": None, "minimum_equal": 0.0, **options})
+    return export(
+        model, folder / "student.onnx", example=images(32), **{"normalisation": None, "minimum_equal": 0.0, **options}
+    )
 
 
 @pytest.mark.parametrize(("method", "bits"), cases())
@@ -40,7 +42,7 @@ def test_every_method_is_exported_equal(method: str, bits: int, tmp_path: Path):
     integer = {"QLinearConv", "QGemm"}
     assert all((row.kernel in integer) == (row.reason == "") for row in found.layers)
     if method == "lsq" and bits not in (1, 7):
-        # One bit has float shortcuts; at 7 bits nothing is left to shift, and in a network as small as this one the bias matters.
+        # One bit has float shortcuts; at 7 bits nothing is left to shift, which tells in so small a network.
         assert [row.kernel for row in found.layers] == ["QLinearConv"] * 3 + ["QGemm"]
 
 

@@ -100,6 +100,8 @@ def _export_table(report: dict[str, Any]) -> Table:
     table.add_row("theoretical size of its bits", f"{report['theoretical_bytes']:,} bytes")
     table.add_row("equal predictions", f"{100 * report['equal_predictions']:.2f} % of {PARITY_IMAGES} test images")
     table.add_row("largest difference of a logit", f"{report['max_difference']:.3g}")
+    own = f"PyTorch from itself {report['own_difference']:.2g}"
+    table.add_row("mean difference of a logit", f"{report['mean_difference']:.2g}; {own}")
     table.add_row("accuracy in PyTorch", f"{100 * report['accuracy_pytorch']:.2f} %")
     table.add_row("accuracy in the engine", f"{100 * report['accuracy_engine']:.2f} %")
     kernels = [layer for layer in report["layers"]]

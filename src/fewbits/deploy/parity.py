@@ -98,7 +98,9 @@ def reference(
     finally:
         for handle in handles:
             handle.remove()
-    return Reference(logits.float().numpy(), _own_difference(student, images, normalisation, logits), codes, steps, bits)
+    return Reference(
+        logits.float().numpy(), _own_difference(student, images, normalisation, logits), codes, steps, bits
+    )
 
 
 def _own_difference(student: nn.Module, images: Tensor, normalisation: Normalisation | None, logits: Tensor) -> float:
@@ -108,11 +110,11 @@ def _own_difference(student: nn.Module, images: Tensor, normalisation: Normalisa
     behind it. No engine can agree better with PyTorch than PyTorch does.
     """
     was_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # flags() would also set TF32, and warn
     try:
         again = student(normalise(images[:OWN_IMAGES], normalisation))
     finally:
-        torch.backends.mkldnn.enabled = was_enabled
+        torch.backends.mkldnn.enabled = was_enabled  # type: ignore[assignment]
     return float((again - logits[:OWN_IMAGES]).abs().mean())
 
 
