@@ -36,7 +36,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     example: Tensor,
-    normalisation: Normalisation | None | Literal["trained"] = "trained",
+    normalisation: Normalisation | Literal["trained"] | None = "trained",
     engine: str = "onnxruntime",
     check: bool = True,
     minimum_equal: float = MINIMUM_EQUAL,
@@ -121,8 +121,8 @@ def _trained_with(student: nn.Module) -> Normalisation | None:
     """The normalisation that ``fit`` left with the student; a network from another loop has none and has to say."""
     if "fewbits_normalisation" not in student.__dict__:
         raise ValueError(
-            "normalisation is not known, for student was not trained by fit; pass the mean and std of its pixels, or None "
-            "if it takes pixels in 0..1 as they are"
+            "normalisation is not known, for student was not trained by fit; pass the mean and std of its pixels, or "
+            "None if it takes pixels in 0..1 as they are"
         )
     known: Normalisation | None = student.__dict__["fewbits_normalisation"]
     return known

@@ -114,7 +114,7 @@ def _own_difference(student: nn.Module, images: Tensor, normalisation: Normalisa
     try:
         again = student(normalise(images[:OWN_IMAGES], normalisation))
     finally:
-        torch.backends.mkldnn.enabled = was_enabled  # type: ignore[assignment]
+        torch.backends.mkldnn.enabled = was_enabled
     return float((again - logits[:OWN_IMAGES]).abs().mean())
 
 
@@ -177,8 +177,8 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
     if not unsteady and different > max(int((1 - minimum_equal) * num_images), 1):
         raise ParityError(
             f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
-            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; mean difference of a "
-            f"logit {parity.mean_difference:.4g}, of PyTorch from itself {parity.own_difference:.4g}; nothing was written"
+            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; logits differ by "
+            f"{parity.mean_difference:.4g} on average, PyTorch's own by {parity.own_difference:.4g}; nothing was written"
         )
 
 
