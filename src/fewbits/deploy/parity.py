@@ -177,8 +177,9 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
     if not unsteady and different > max(int((1 - minimum_equal) * num_images), 1):
         raise ParityError(
             f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
-            f"{1 - minimum_equal:.1%} may differ), although every layer agrees within its rounding; logits differ by "
-            f"{parity.mean_difference:.4g} on average, PyTorch's own by {parity.own_difference:.4g}; nothing was written"
+            f"{1 - minimum_equal:.1%} may differ), though each layer agrees within its rounding; logits differ by "
+            f"{parity.mean_difference:.3g} on average, in PyTorch itself by {parity.own_difference:.3g}; "
+            "nothing was written"
         )
 
 
