@@ -27,6 +27,9 @@ OPSET = 21
 
 INPUT, OUTPUT = "images", "logits"
 
+# The last one writes down every step of a trace, wherever somebody listens to the root logger.
+_NARRATORS = ("torch.onnx", "onnxscript", "torch.export", "onnx_ir", "torch.__trace")
+
 
 class Normalisation(Protocol):
     """Per-channel mean and standard deviation of pixels in 0..1."""
@@ -115,7 +118,7 @@ def trace(student: nn.Module, example: Tensor, normalisation: Normalisation | No
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter narrates its steps and warns about its own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in _NARRATORS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
