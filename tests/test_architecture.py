@@ -22,7 +22,7 @@ FLOORS: list[list[str]] = [
     ["layers", "streams", "models"],
     ["blocks"],
     ["convert"],
-    ["precision", "summary"],
+    ["calibration", "precision", "summary"],
     ["anatomy"],
     ["distill"],
     ["recipes"],

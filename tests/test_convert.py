@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewbits import data, models
+from fewbits.calibration import calibrate
 from fewbits.convert import (
     Plan,
     Rule,
-    calibrate,
     float_state,
     plan_of,
     quantize,

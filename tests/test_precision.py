@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fewbits.convert import Rule, calibrate, quantize, quantizers_of
+from fewbits.calibration import calibrate
+from fewbits.convert import Rule, quantize, quantizers_of
 from fewbits.precision import Fixed, Precision, is_fully_quantized, set_bits, set_precision
 
 

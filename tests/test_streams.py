@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fewbits.convert import Plan, calibrate, quantize, quantizers_of
+from fewbits.calibration import calibrate
+from fewbits.convert import Plan, quantize, quantizers_of
 from fewbits.layers import QUANTIZED, QuantLayer
 from fewbits.models import build
 from fewbits.precision import Precision, set_precision

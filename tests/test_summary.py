@@ -8,7 +8,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewbits.convert import Rule, calibrate, quantize
+from fewbits.calibration import calibrate
+from fewbits.convert import Rule, quantize
 from fewbits.models.resnet_cifar import resnet20
 from fewbits.quantizers import METHODS, Quantizer
 from fewbits.summary import Summary, summarize

@@ -1,7 +1,8 @@
 """Low-bit vision networks, taught by the float network they came from: quantize, teach, ship."""
 
 from . import data, models, quantizers, recipes
-from .convert import Plan, Rule, calibrate, float_state, quantize
+from .calibration import calibrate
+from .convert import Plan, Rule, float_state, quantize
 from .deploy import Exported, ParityError, export
 from .distill import Losses, Networks, Objective
 from .quantizers import Codes, Quantizer, QuantSpec

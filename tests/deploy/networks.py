@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fewbits.calibration as calibration
 import fewbits.convert as convert
 from fewbits.quantizers import METHODS
 
@@ -133,7 +134,7 @@ def student(model: nn.Module, weights: int, activations: int, method: str = "lsq
     x = images(32)
     live(model, [x])
     quantized = convert.quantize(model, weights, activations, quantizer=method, **options)
-    convert.calibrate(quantized, [x])
+    calibration.calibrate(quantized, [x])
     return quantized.eval()
 
 

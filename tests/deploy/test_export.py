@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import fewbits.calibration as calibration
 import fewbits.convert as convert
 from fewbits.deploy import Exported, ParityError, export
 
@@ -130,7 +131,7 @@ def test_ties_round_to_even_and_sign_of_zero_is_plus(tmp_path: Path):
     rules = [convert.Rule("sign", 1, 1, "sign")]
     model = convert.quantize(Ties(), 4, 4, residual=None, rules=[convert.Rule("conv", 4, 4), *rules])
     x = torch.arange(17.0).div(16).repeat(2, 3, 4, 1)
-    convert.calibrate(model, [x])
+    calibration.calibrate(model, [x])
     with torch.no_grad():
         model.conv.input_quantizer.step.fill_(0.125)
     found = export(model, tmp_path / "ties.onnx", example=x, normalisation=None, minimum_equal=0.0)

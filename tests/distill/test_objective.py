@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbits.convert import calibrate, quantize
+from fewbits.calibration import calibrate
+from fewbits.convert import quantize
 from fewbits.distill import (
     CrossEntropy,
     FeatureDistance,

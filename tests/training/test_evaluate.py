@@ -53,7 +53,8 @@ def test_no_image_is_an_error():
 
 def test_an_empty_batch_counts_nothing():
     """The last batch of a test split may leave nothing for a later process; quantizers divide by the batch."""
-    from fewbits.convert import calibrate, quantize
+    from fewbits.calibration import calibrate
+    from fewbits.convert import quantize
 
     student = quantize(network(), weights=3, activations=3)
     calibrate(student, [batches()[0][0]])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from ..convert import calibrate, quantizers_of
+from ..calibration import calibrate
+from ..convert import quantizers_of
 from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
 from ..distill.base import NetworkName
 
