@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ..training import Settings
@@ -37,6 +38,8 @@ def demo(config: Demo) -> Path:
         if not (config.output / "float").exists() and any(config.output.iterdir()):
             raise ValueError(f"output folder {config.output} is not empty and holds no demo; choose another folder")
         shutil.rmtree(config.output)
+    # On 8 x 8 images a second thread mostly waits for the first one.
+    torch.set_num_threads(1)
     settings = Settings(epochs=config.epochs, batch_size=64, lr=0.1, seed=config.seed, warmup_steps=20)
     teacher = Train("resnet20", "digits", recipe="float", output=config.output / "float", settings=settings)
     student = Train(

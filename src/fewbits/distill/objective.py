@@ -150,6 +150,10 @@ class Objective(nn.Module):
                 network.eval()
         return self
 
+    def forget_features(self) -> None:
+        """Drop what the taps kept of a forward pass that was not the objective's, an evaluation's say."""
+        self._hooks.collect()
+
     def close(self) -> None:
         """Take the hooks off and give frozen networks their gradients back; the networks live on."""
         self._hooks.remove()

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ..data import Dataset, Normalisation
@@ -34,13 +32,13 @@ from .checkpoint import (
 from .display import Display
 from .ema import MovingAverage
 from .evaluate import count_correct, reestimate_batch_norm
+from .feed import Feed
 from .folder import RunFolder
 from .guard import StepGuard
 from .schedules import lr_factor, phase_steps
 from .settings import Settings
+from .setup import make_accelerator, make_optimizer, steps_per_epoch
 
-EVALUATION_BATCH = 500
-CALIBRATION_BATCHES = 2
 LOG_EVERY = 50
 """Most steps between records of the loss; a short epoch has four."""
 
@@ -140,6 +138,7 @@ class Loop:
         self._device = self._accelerator.device
         self._is_main = self._accelerator.is_main_process
         self._steps_per_epoch = steps_per_epoch(self.data, settings)
+        self._feed = Feed(self.data, self.normalisation, settings, self._accelerator)
         num_steps = max(1, round(settings.epochs * self._steps_per_epoch))
         phases = self.recipe.phases()
         self._phase_steps = phase_steps(tuple(p.share for p in phases), num_steps)
@@ -173,7 +172,7 @@ class Loop:
         """Replay the structure of the phases that a checkpoint has behind it; None at the very start."""
         if checkpoint is None:
             return None
-        example = next(self._calibration_batches())[:2]
+        example = next(self._feed.calibration())[:2]
         networks: Networks | None = None
         for index, phase in enumerate(self.recipe.phases()[: self._position.phase + 1]):
             networks = self.recipe.begin(self.student, self.teacher, example=example, phase=index, networks=networks)
@@ -189,7 +188,7 @@ class Loop:
         if checkpoint is None:
             self._position.phase, self._position.step = index, 0
             return self.recipe.objective(
-                self.student, self.teacher, batches=self._calibration_batches(), phase=index, networks=networks
+                self.student, self.teacher, batches=self._feed.calibration(), phase=index, networks=networks
             )
         assert networks is not None
         objective = Objective(networks, phase)
@@ -218,7 +217,7 @@ class Loop:
                 self._ema.averages = {n: t.to(self._device) for n, t in checkpoint.part("ema").items()}
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
         model = self._prepared(objective)
-        batches = self._batches(position.total_step)
+        batches = self._feed.training(position.total_step)
         ticks = time.monotonic()
         while position.step < num_steps:
             factor = lr_factor(position.step, num_steps, settings)
@@ -285,7 +284,7 @@ class Loop:
         if is_last or (ends_epoch and epoch % settings.evaluate_every == 0):
             reached = self._evaluate(objective.taught)
             # Tapped modules ran in it too: what their hooks kept would make torch.compile trace the objective anew.
-            objective._hooks.collect()
+            objective.forget_features()
             if objective.taught is objective.networks.student:
                 position.best_accuracy = max(position.best_accuracy, reached)
             network = "student" if objective.taught is objective.networks.student else "teacher"
@@ -299,13 +298,7 @@ class Loop:
 
     def _evaluate(self, model: nn.Module) -> float:
         """Accuracy on the test split, shared out over the processes."""
-        batches = self.data.test.batches(
-            batch_size=EVALUATION_BATCH,
-            normalisation=self.normalisation,
-            rank=self._accelerator.process_index,
-            num_ranks=self._accelerator.num_processes,
-        )
-        counts = torch.tensor(count_correct(model, batches), device=self._device, dtype=torch.float64)
+        counts = torch.tensor(count_correct(model, self._feed.test()), device=self._device, dtype=torch.float64)
         correct, total = cast(Tensor, self._accelerator.reduce(counts, reduction="sum")).tolist()
         return float(correct / total)
 
@@ -331,9 +324,9 @@ class Loop:
         ema = self._ema.network(student) if self._ema is not None else None
         ema_accuracy = None
         if self.settings.bn_batches and is_fully_quantized(student):
-            reestimate_batch_norm(student, self._plain_batches(self.settings.bn_batches))
+            reestimate_batch_norm(student, self._feed.plain(self.settings.bn_batches))
         if ema is not None:
-            reestimate_batch_norm(ema, self._plain_batches(max(self.settings.bn_batches, 1)))
+            reestimate_batch_norm(ema, self._feed.plain(max(self.settings.bn_batches, 1)))
             ema_accuracy = self._evaluate(ema)
         reached = self._evaluate(student)
         position = self._position
@@ -386,99 +379,6 @@ class Loop:
         if self._accelerator.num_processes > 1:
             model = cast(nn.Module, self._accelerator.prepare(model))
         return model
-
-    def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of this process from ``step`` on, without end."""
-        settings = self.settings
-        while True:
-            epoch, start = divmod(step, self._steps_per_epoch)
-            for images, labels in self.data.train.batches(
-                batch_size=settings.batch_size,
-                normalisation=self.normalisation,
-                augment=self.data.augment,
-                shuffle=True,
-                seed=settings.seed,
-                epoch=epoch,
-                start_batch=start,
-                rank=self._accelerator.process_index,
-                num_ranks=self._accelerator.num_processes,
-                drop_last=True,
-            ):
-                step += 1
-                yield self._to_device(images), labels.to(self._device)
-
-    def _to_device(self, images: Tensor) -> Tensor:
-        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
-        return images.to(self._device, non_blocking=True).contiguous(memory_format=layout)
-
-    def _plain_batches(self, num: int) -> Iterator[Tensor]:
-        """Training images, the same in every process, from beyond the epochs that were trained on."""
-        batches = self.data.train.batches(
-            batch_size=min(self.settings.batch_size, self.data.train.num_samples),
-            normalisation=self.normalisation,
-            augment=self.data.augment,
-            shuffle=True,
-            seed=self.settings.seed,
-            epoch=math.ceil(self.settings.epochs),
-            drop_last=True,
-        )
-        for _, (images, _labels) in zip(range(num), batches, strict=False):
-            yield self._to_device(images)
-
-    def _calibration_batches(self) -> Iterator[Tensor]:
-        return self._plain_batches(CALIBRATION_BATCHES)
-
-
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Accelerate's view of the processes and the device.
-
-    Raises:
-        ValueError: fewer processes than asked for take part, or there is no such device.
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but PyTorch finds no GPU; use --device auto or cpu")
-    # Accelerate keeps its settings for the whole process; a second run in it may have others.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu", mixed_precision="bf16" if settings.precision == "bf16" else "no"
-    )
-    if settings.processes is not None and accelerator.num_processes != settings.processes:
-        raise ValueError(
-            f"processes={settings.processes} were asked for, but {accelerator.num_processes} take part; start with "
-            f"'torchrun --nproc-per-node {settings.processes} -m fewbits ...' (accelerate launch --cpu starts one)"
-        )
-    share = settings.batch_size / accelerator.num_processes / settings.accumulate
-    if share != int(share):
-        raise ValueError(
-            f"batch_size must be a multiple of processes x accumulate, got {settings.batch_size}, "
-            f"{accelerator.num_processes} and {settings.accumulate}"
-        )
-    return accelerator
-
-
-def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW, over all that the objective trains."""
-    groups = objective.param_groups(settings.lr, settings.weight_decay, settings.helper_lr)
-    for group in groups:
-        if "quantizer" in group["name"]:
-            group["lr"] *= settings.quantizer_lr
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
-
-
-def steps_per_epoch(data: Dataset, settings: Settings) -> int:
-    """Whole batches in the training split.
-
-    Raises:
-        ValueError: there is not even one.
-    """
-    steps = data.train.num_samples // settings.batch_size
-    if steps == 0:
-        raise ValueError(
-            f"batch_size is {settings.batch_size}, but {data.name} has {data.train.num_samples} images; lower it"
-        )
-    return steps
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -1,0 +1,63 @@
+"""What a run needs before its first step: processes and device, optimizer, length of an epoch."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from ..data import Dataset
+from ..distill import Objective
+from .settings import Settings
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    """Accelerate's view of the processes and the device.
+
+    Raises:
+        ValueError: fewer processes than asked for take part, or there is no such device.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but PyTorch finds no GPU; use --device auto or cpu")
+    # Accelerate keeps its settings for the whole process; a second run in it may have others.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu", mixed_precision="bf16" if settings.precision == "bf16" else "no"
+    )
+    if settings.processes is not None and accelerator.num_processes != settings.processes:
+        raise ValueError(
+            f"processes={settings.processes} were asked for, but {accelerator.num_processes} take part; start with "
+            f"'torchrun --nproc-per-node {settings.processes} -m fewbits ...' (accelerate launch --cpu starts one)"
+        )
+    share = settings.batch_size / accelerator.num_processes / settings.accumulate
+    if share != int(share):
+        raise ValueError(
+            f"batch_size must be a multiple of processes x accumulate, got {settings.batch_size}, "
+            f"{accelerator.num_processes} and {settings.accumulate}"
+        )
+    return accelerator
+
+
+def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW, over all that the objective trains."""
+    groups = objective.param_groups(settings.lr, settings.weight_decay, settings.helper_lr)
+    for group in groups:
+        if "quantizer" in group["name"]:
+            group["lr"] *= settings.quantizer_lr
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+
+
+def steps_per_epoch(data: Dataset, settings: Settings) -> int:
+    """Whole batches in the training split.
+
+    Raises:
+        ValueError: there is not even one.
+    """
+    steps = data.train.num_samples // settings.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, but {data.name} has {data.train.num_samples} images; lower it"
+        )
+    return steps
