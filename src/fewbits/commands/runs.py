@@ -51,7 +51,9 @@ def plan_from_data(entries: dict[str, Any]) -> Plan:
 def run_data(folder: Path, root: Path | None = None) -> Dataset:
     """The data set of a run."""
     run = read_json(folder / RUN)
-    return datasets.load(run.get("data_source", run["data"]["name"]), root, False, run["data"]["image_size"])
+    data = datasets.load(run.get("data_source", run["data"]["name"]), root, False, run["data"]["image_size"])
+    # A run that was tuned on held-out images is measured on them: nothing else touches the real test split.
+    return data.hold_out(run["hold_out"], seed=0) if run.get("hold_out") else data
 
 
 def run_result(folder: Path) -> dict[str, Any]:

@@ -36,12 +36,15 @@ class Export:
         run: a finished run folder.
         engine: onnxruntime.
         output: the file; by default student.onnx in the run folder.
+        minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
+            hardly learned, whose classes are a hair apart.
         data_root: the folder that holds the data sets.
     """
 
     run: Path
     engine: str = "onnxruntime"
     output: Path | None = None
+    minimum_equal: float = 0.995
     data_root: Path | None = None
 
 
@@ -78,7 +81,14 @@ def export(config: Export) -> dict[str, Any]:
     data = run_data(config.run, config.data_root)
     path = config.output or config.run / "student.onnx"
     images = data.pixels(PARITY_IMAGES)
-    exported = export_student(student, path, example=images, normalisation=normalisation, engine=config.engine)
+    exported = export_student(
+        student,
+        path,
+        example=images,
+        normalisation=normalisation,
+        engine=config.engine,
+        minimum_equal=config.minimum_equal,
+    )
     report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
     report |= {
         "engine": config.engine,

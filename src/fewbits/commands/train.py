@@ -153,7 +153,9 @@ def train(config: Train) -> Result:
     data = load_data(config)
     torch.manual_seed(config.settings.seed)
     student = build(config.model, data)
-    source = None if not recipe.quantized else _source(config, data)
+    # Looking for a network's own weights can mean a long wait for a network that is not there: not without need.
+    needs_source = recipe.quantized and not (config.scratch and config.teacher is None)
+    source = _source(config, data) if needs_source or recipe.teacher.needs_teacher else None
     normalisation = (source and source.normalisation) or data.normalisation
     start = "random"
     if config.checkpoint is not None:
@@ -162,7 +164,12 @@ def train(config: Train) -> Result:
     elif source is not None and source.fits(student):
         _start_from(student, source.model.state_dict())
         start = source.description
-    elif (own := _own_weights(config, data)) is not None and recipe.quantized:
+    elif config.teacher is not None and not config.scratch:
+        raise ValueError(
+            f"teacher {config.teacher} is of another architecture than --model {config.model}, or quantized, so the "
+            "student cannot start from it; give its own float weights with --checkpoint, or start it from --scratch"
+        )
+    elif not config.scratch and recipe.quantized and (own := _own_weights(config, data)) is not None:
         _start_from(student, own.model.state_dict())
         start = own.description
     elif recipe.quantized and not config.scratch:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..convert import plan_of, quantizer_keys
 from ..layers import QuantLayer
+from ..quantizers import Quantizer
 from .result import Exported, LayerRow
 from .sessions import missing
 
@@ -73,6 +74,7 @@ def export(
         normalisation = _trained_with(student)
     images = _check_images(example, normalisation)
     _check_numbers(student)
+    _check_calibrated(student)
     try:
         from . import fold, graph, onnx, parity, sessions  # noqa: F401
     except ImportError as error:
@@ -151,6 +153,14 @@ def _check_numbers(student: nn.Module) -> None:
     bad = [n for n, t in student.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ValueError(f"student holds NaN or infinite numbers in {', '.join(bad[:5])}; it cannot be exported")
+
+
+def _check_calibrated(student: nn.Module) -> None:
+    never = [
+        n for n, m in student.named_modules() if isinstance(m, Quantizer) and m.needs_data and not bool(m.calibrated)
+    ]
+    if never:
+        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
 
 
 def _check_forward(network: nn.Module, normalised: Tensor, images: Tensor) -> None:

@@ -102,14 +102,15 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str, 
     assert x is not None
     bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
     reason = _float_grid(grid) if grid.offset is not None else _reason(x, None, care)
+    made = None
+    if not reason and node.op_type == "Gemm":
+        shift = np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64)
+        made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None, care)
+        reason = "" if made else "the bias does not fit into int32 beside such small scales"
     if reason:
         weight = decoded(builder, grid)
         product = builder.node("MatMul", in_float(builder, x), builder.node("Transpose", weight, perm=[1, 0]))
-    elif node.op_type == "Gemm":
-        shift = np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64)
-        made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None, care)
-        if made is None:
-            raise ValueError(f"layer {layer}: a bias of {abs(shift).max():.3g} is beyond int32 beside its scales")
+    elif made is not None:
         product, weight = made
         bias = None
     else:

@@ -190,7 +190,7 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
             f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
             f"{1 - minimum_equal:.1%} may differ), though each layer agrees within its rounding; logits differ by "
             f"{parity.mean_difference:.3g} on average, in PyTorch itself by {parity.own_difference:.3g}; "
-            "nothing was written"
+            "nothing was written; train longer, or lower minimum_equal for a network that hardly learned"
         )
 
 

@@ -107,6 +107,9 @@ class Quantizer(nn.Module, ABC):
     needs_data: ClassVar[bool] = False
     """Whether calibration has anything to set."""
 
+    steady: ClassVar[tuple[str, ...]] = ()
+    """Names of positive parameters that the training loop lets change by a tenth at a time (steps, clipping levels)."""
+
     decayed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters whose weight decay belongs to the method (PACT's alpha)."""
 
@@ -179,7 +182,9 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(f"calibration data is empty: its shape is {tuple(x.shape)}; pass at least one real batch")
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
-            raise ValueError(f"calibration data holds {bad} of {x.numel()} values that are NaN or infinite")
+            raise ValueError(
+                f"{self.spec.role} to calibrate on holds {bad} of {x.numel()} values that are NaN or infinite"
+            )
         if not self.signed and bool(x.min() < 0):
             raise ValueError(
                 f"{type(self).__name__} represents values from 0 up, but its input goes down to {float(x.min()):.4g}; "

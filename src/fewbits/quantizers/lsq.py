@@ -77,6 +77,7 @@ class LSQWeight(Quantizer):
 
     paper = "LSQ, Esser et al., ICLR 2020, arXiv 1902.08153"
     needs_data = True
+    steady = ("step",)
 
     def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:
         super().__init__(spec, num_channels, channel_dim)
@@ -129,6 +130,7 @@ class LSQActivation(Quantizer):
 
     paper = "LSQ, Esser et al., ICLR 2020, arXiv 1902.08153"
     needs_data = True
+    steady = ("step",)
     zero_point: Tensor
 
     def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:

@@ -74,6 +74,7 @@ class PACTActivation(Quantizer):
     signed = False
     needs_data = True
     decayed = ("alpha",)
+    steady = ("alpha",)
 
     def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:
         super().__init__(spec, num_channels, channel_dim)

@@ -34,7 +34,7 @@ from .ema import MovingAverage
 from .evaluate import count_correct, reestimate_batch_norm
 from .feed import Feed
 from .folder import RunFolder
-from .guard import StepGuard
+from .guard import StepBounds, StepGuard
 from .schedules import lr_factor, phase_steps
 from .settings import Settings
 from .setup import make_accelerator, make_optimizer, steps_per_epoch
@@ -208,6 +208,7 @@ class Loop:
         optimizer = make_optimizer(objective, settings)
         guard = StepGuard(objective.networks, settings.max_bad_steps)
         guard.skipped = position.skipped
+        bounds = StepBounds(objective.networks)
         if settings.ema is not None and position.phase == len(self._phase_steps) - 1:
             self._ema = MovingAverage(objective.networks.student, settings.ema)
         if checkpoint is not None:
@@ -226,12 +227,14 @@ class Loop:
             objective.set_progress(position.step / num_steps, position.total_step)
             torch.manual_seed(_step_seed(settings.seed, position.total_step, self._accelerator.process_index))
             guard.remember()
+            bounds.remember()
             images, labels = next(batches)
             losses = self._backward(model, images, labels)
             norm = self._accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
             epoch = position.total_step // self._steps_per_epoch
             if guard.accept(losses["loss"], cast(Tensor, norm), f"epoch {epoch}, step {position.total_step}"):
                 optimizer.step()
+                bounds.apply()
                 if self._ema is not None:
                     self._ema.update(objective.networks.student)
             else:
