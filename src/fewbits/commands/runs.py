@@ -26,18 +26,23 @@ def load_run(folder: Path) -> tuple[nn.Module, Normalisation]:
         raise ValueError(f"{folder} holds a run that is not finished; continue it with train --resume")
     if "model" not in run:
         raise ValueError(f"{folder} was trained from Python on a network without a name; load its student yourself")
-    described = run["data"]
-    network = models.build(
-        run["model"],
-        num_classes=len(described["classes"]),
-        channels=described["channels"],
-        image_size=described["image_size"],
-    )
+    network = float_architecture(run)
     if run.get("plan"):
         network = quantize(network, plan=plan_from_data(run["plan"]))
     models.load_into(network, models.load_weights(folder / STUDENT), what=str(folder / STUDENT))
     shift, scale = run["normalisation"]["mean"], run["normalisation"]["std"]
     return network.eval(), Normalisation(tuple(shift), tuple(scale))
+
+
+def float_architecture(run: dict[str, Any]) -> nn.Module:
+    """The float network of ``run.json``, with random weights."""
+    described = run["data"]
+    return models.build(
+        run["model"],
+        num_classes=len(described["classes"]),
+        channels=described["channels"],
+        image_size=described["image_size"],
+    )
 
 
 def plan_from_data(entries: dict[str, Any]) -> Plan:
