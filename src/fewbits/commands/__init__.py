@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .bits import Bits
 from .demo import Demo, demo
 from .runs import load_run, run_data
 from .ship import Bench, Export, bench, export
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 __all__ = [
     "COMMANDS",
     "Bench",
+    "Bits",
     "Data",
     "Demo",
     "Export",

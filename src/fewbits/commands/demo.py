@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ..training import Settings
+from .bits import Bits
 from .runs import run_result
 from .ship import Bench, Export, bench, export
 from .show import Report, Summary, report, summary
@@ -45,8 +46,7 @@ def demo(config: Demo) -> Path:
     student = Train(
         "resnet20",
         "digits",
-        weights=2,
-        activations=2,
+        bits=Bits(weights=2, activations=2),
         teacher=config.output / "float",
         settings=replace(settings, lr=0.05),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .. import data as datasets
 from .. import models
-from ..convert import quantize
+from ..convert import FLOAT_BITS, quantize
 from ..recipes import RECIPES, make
 from ..report import comparison
 from ..report import report as write_report
@@ -22,8 +22,9 @@ from ..summary import Summary as LayerSummary
 from ..summary import summarize
 from ..training import read_json
 from ..training.folder import RUN
+from .bits import Bits
 from .runs import load_run
-from .train import Train, build
+from .train import build
 
 WIDE = 160
 """Columns of a table where no terminal says how wide it is: a log, a pipe."""
@@ -42,24 +43,14 @@ class Summary:
         run: a run folder; or give model and data.
         model: as in train.
         data: as in train; gives channels, classes and image size.
-        weights: bits, as in train; 32 with activations 32 shows the float network.
-        activations: bits, as in train.
-        quantizer: as in train.
-        residual: as in train.
-        ends: as in train.
-        keep: as in train.
+        bits: as in train; 32 and 32 show the float network.
         data_root: the folder that holds the data sets.
     """
 
     run: Path | None = None
     model: str | None = None
     data: str = "cifar10"
-    weights: int = 4
-    activations: int = 4
-    quantizer: str | None = None
-    residual: str = "auto"
-    ends: str = "8"
-    keep: tuple[str, ...] = ()
+    bits: Bits = field(default_factory=Bits)
     data_root: Path | None = None
 
 
@@ -101,18 +92,8 @@ def summary(config: Summary) -> LayerSummary:
     elif config.model is not None:
         data = datasets.load(config.data, config.data_root)
         network = build(config.model, data)
-        if not config.weights == config.activations == 32:
-            plan = Train(
-                config.model,
-                config.data,
-                weights=config.weights,
-                activations=config.activations,
-                quantizer=config.quantizer,
-                residual=config.residual,
-                ends=config.ends,
-                keep=config.keep,
-            ).plan()
-            network = quantize(network, plan=plan)
+        if not config.bits.weights == config.bits.activations == FLOAT_BITS:
+            network = quantize(network, plan=config.bits.plan())
         shape = (1, data.channels, data.image_size, data.image_size)
     else:
         raise ValueError(f"give --run FOLDER, or --model with one of {', '.join(models.names())} or timm:NAME")

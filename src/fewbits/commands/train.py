@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import data as datasets
 from .. import models
-from ..convert import Plan, quantize
+from ..convert import quantize
 from ..data import Dataset, Normalisation
 from ..recipes import make
 from ..training import Result, Settings, fit, read_json
 from ..training.folder import RUN
+from .bits import Bits
 from .runs import load_run
 
 DEFAULT_RUNS = Path("runs")
@@ -33,13 +34,7 @@ class Train:
         data: digits, cifar10, cifar100, fashion-mnist, flowers17, or folder:PATH with one folder for each class.
         recipe: how the student is taught; see 'fewbits recipes'.
         options: of the recipe, as name=value; for example weight=0.5 bits=4.
-        weights: bits of weights, 1 to 8, or 32 for full precision.
-        activations: bits of activations, 1 to 8, or 32.
-        quantizer: lsq, dorefa, pact, ewgs, minmax, sign, xnor, bireal or react; by default lsq, or sign at 1/1.
-        residual: bits of the quantizers around additions and pooling, or none; by default 8, for binary networks none.
-        ends: bits of first and last layer: 8, 32, another width, or paper.
-        keep: layers that stay float, as patterns of qualified names.
-        granularity: one weight scale per tensor or per channel (lsq).
+        bits: of the student, and how it is quantized.
         teacher: a run folder or a weights file of the same network; also the student's start.
         checkpoint: weights that the student starts from instead.
         scratch: start from random weights where there is neither teacher nor checkpoint.
@@ -58,13 +53,7 @@ class Train:
     data: str
     recipe: str = "plain"
     options: tuple[str, ...] = ()
-    weights: int = 4
-    activations: int = 4
-    quantizer: str | None = None
-    residual: str = "auto"
-    ends: str = "8"
-    keep: tuple[str, ...] = ()
-    granularity: str = "tensor"
+    bits: Bits = field(default_factory=Bits)
     teacher: Path | None = None
     checkpoint: Path | None = None
     scratch: bool = False
@@ -78,33 +67,13 @@ class Train:
     progress: bool = True
     settings: Settings = field(default_factory=Settings)
 
-    def plan(self) -> Plan:
-        """The plan that the bits, the quantizer and the exceptions make."""
-        ends: Any = self.ends if self.ends == "paper" else _number(self.ends, "ends", "'paper' or a number of bits")
-        residual: Any = self.residual
-        if residual == "none":
-            residual = None
-        elif residual != "auto":
-            residual = _number(residual, "residual", "'auto', 'none' or a number of bits")
-        if self.granularity not in ("tensor", "channel"):
-            raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
-        rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
-        return Plan.of(self.weights, self.activations, self.quantizer, residual, **rest)
-
     def folder(self) -> Path:
         """Where the run goes."""
         if self.output is not None:
             return self.output
-        bits = "" if self.recipe == "float" else f"-w{self.weights}a{self.activations}"
+        bits = "" if self.recipe == "float" else f"-w{self.bits.weights}a{self.bits.activations}"
         name = f"{self.model}-{self.data}-{self.recipe}{bits}-s{self.settings.seed}"
         return DEFAULT_RUNS / "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-
-
-def _number(text: str, name: str, allowed: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{name} must be {allowed}, got {text!r}") from None
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
@@ -149,7 +118,7 @@ def train(config: Train) -> Result:
         ValueError: anything in ``config`` that is wrong or does not fit together.
     """
     recipe = make(config.recipe, parse_options(config.options))
-    plan = config.plan() if recipe.quantized else None
+    plan = config.bits.plan() if recipe.quantized else None
     data = load_data(config)
     torch.manual_seed(config.settings.seed)
     student = build(config.model, data)

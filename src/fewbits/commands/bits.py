@@ -1,0 +1,55 @@
+"""``--weights``, ``--activations`` and whatever else a plan is made of: the same options in every command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..convert import Plan
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How the network is quantized.
+
+    Args:
+        weights: bits of weights, 1 to 8, or 32 for full precision.
+        activations: bits of activations, 1 to 8, or 32.
+        quantizer: lsq, dorefa, pact, ewgs, minmax, sign, xnor, bireal or react; by default lsq, or sign at 1/1.
+        residual: bits of the quantizers around additions and pooling, or none; by default 8, for binary networks none.
+        ends: bits of first and last layer: 8, 32, another width, or paper.
+        keep: layers that stay float, as patterns of qualified names.
+        granularity: one weight scale per tensor or per channel (lsq).
+    """
+
+    weights: int = 4
+    activations: int = 4
+    quantizer: str | None = None
+    residual: str = "auto"
+    ends: str = "8"
+    keep: tuple[str, ...] = ()
+    granularity: str = "tensor"
+
+    def plan(self) -> Plan:
+        """The plan that these options make.
+
+        Raises:
+            ValueError: an option out of its range; the message names it.
+        """
+        ends: Any = self.ends if self.ends == "paper" else _number(self.ends, "ends", "'paper' or a number of bits")
+        residual: Any = self.residual
+        if residual == "none":
+            residual = None
+        elif residual != "auto":
+            residual = _number(residual, "residual", "'auto', 'none' or a number of bits")
+        if self.granularity not in ("tensor", "channel"):
+            raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
+        rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
+        return Plan.of(self.weights, self.activations, self.quantizer, residual, **rest)
+
+
+def _number(text: str, name: str, allowed: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} must be {allowed}, got {text!r}") from None
