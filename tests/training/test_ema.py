@@ -54,7 +54,7 @@ def test_a_run_averages_the_students_phase_step_by_step(monkeypatch: pytest.Monk
 
     def after_step(loop: Any, objective: Any, *args: Any) -> None:
         seen.append({n: p.detach().clone() for n, p in objective.networks.student.named_parameters()})
-        phases.append(loop._position.phase)
+        phases.append(loop.position.phase)
         original(loop, objective, *args)
 
     monkeypatch.setattr(loop_module.Loop, "_after_step", after_step)

@@ -19,7 +19,7 @@ from fewbits.quantizers import Quantizer
 from fewbits.recipes import Recipe, make
 from fewbits.training import Settings, fit, read_metrics
 from fewbits.training import loop as loop_module
-from fewbits.training.loop import make_optimizer, steps_per_epoch
+from fewbits.training.setup import make_optimizer, steps_per_epoch
 
 NUM_STEPS = 12  # two epochs of six
 
@@ -74,7 +74,7 @@ def test_steps_behind_the_last_checkpoint_are_taken_again(step: int, tmp_path: P
 
     def after_step(self: Any, *args: Any) -> None:
         original(self, *args)
-        if self._position.total_step == step:
+        if self.position.total_step == step:
             raise Stopped
 
     with monkeypatch.context() as patch:

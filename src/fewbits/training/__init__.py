@@ -1,5 +1,6 @@
 """Training: one loop, one checkpoint format, one run folder."""
 
+from .bounds import bound_steps
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluate import accuracy, reestimate_batch_norm
 from .fit import Result, fit
@@ -12,6 +13,7 @@ __all__ = [
     "Settings",
     "TrainingError",
     "accuracy",
+    "bound_steps",
     "fit",
     "load_checkpoint",
     "read_json",

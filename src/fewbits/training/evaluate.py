@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -44,6 +46,15 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     if total == 0:
         raise ValueError("batches holds no image; there is nothing to measure accuracy on")
     return correct / total
+
+
+def accuracy_over_processes(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> float:
+    """The same where each process has its share of the batches; all get the same number."""
+    counts = torch.tensor(count_correct(model, batches), device=accelerator.device, dtype=torch.float64)
+    correct, total = cast(Tensor, accelerator.reduce(counts, reduction="sum")).tolist()
+    return float(correct / total)
 
 
 @torch.no_grad()

@@ -104,21 +104,21 @@ def fit(
     loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress)
     outcome = loop.run()
     outcome.networks.eval()
-    if folder is not None and loop._is_main:
+    if folder is not None and loop.is_main:
         if outcome.ema is not None:
             save_tensors(folder.path / STUDENT_EMA, outcome.ema.state_dict())
         save_tensors(folder.path / STUDENT, outcome.networks.student.state_dict())
     # Whoever looks into the folder next, in whatever process, finds the student there.
-    loop._accelerator.wait_for_everyone()
+    loop.accelerator.wait_for_everyone()
     return Result(
         student=outcome.networks.student,
         teacher=outcome.networks.teacher,
         accuracy=outcome.accuracy,
-        best_accuracy=outcome.best_accuracy,
+        best_accuracy=outcome.position.best_accuracy,
         ema=outcome.ema,
         ema_accuracy=outcome.ema_accuracy,
-        skipped_steps=outcome.skipped_steps,
-        seconds=outcome.seconds,
+        skipped_steps=outcome.position.skipped,
+        seconds=outcome.position.seconds,
         normalisation=normalisation,
         folder=folder.path if folder else None,
     )

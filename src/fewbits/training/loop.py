@@ -7,37 +7,33 @@ taken, bit for bit, once networks and optimizer are loaded.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Dataset, Normalisation
-from ..distill import Losses, Networks, Objective, Phase
+from ..distill import Networks, Objective
 from ..precision import is_fully_quantized
 from ..recipes import Recipe
-from .checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    load_networks,
-    load_optimizer_state,
-    optimizer_state,
-    save_checkpoint,
-)
+from .bounds import bound_steps
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .display import Display
 from .ema import MovingAverage
-from .evaluate import count_correct, reestimate_batch_norm
+from .evaluate import accuracy_over_processes, reestimate_batch_norm
 from .feed import Feed
 from .folder import RunFolder
-from .guard import StepBounds, StepGuard
+from .guard import StepGuard
+from .position import Position, read_position
+from .records import Records
+from .resume import resume_training, resumed_objective, take_checkpoint
 from .schedules import lr_factor, phase_steps
 from .settings import Settings
-from .setup import make_accelerator, make_optimizer, steps_per_epoch
+from .setup import make_accelerator, make_optimizer, prepare, steps_per_epoch
+from .step import backward, seed_step
 
 LOG_EVERY = 50
 """Most steps between records of the loss; a short epoch has four."""
@@ -50,60 +46,17 @@ class Outcome:
     Args:
         networks: student, teacher and helpers after the last step.
         accuracy: of the student on the test split after the last step, batch norm re-estimated; 0 to 1.
-        best_accuracy: of all evaluations of the student.
         ema: the averaged student, if one was asked for, and its accuracy.
-        skipped_steps: steps with a non-finite loss or gradient.
-        seconds: of training, over all sittings.
+        position: best accuracy, skipped steps and seconds of the whole run.
     """
 
     networks: Networks
     accuracy: float
-    best_accuracy: float
     ema: nn.Module | None
     ema_accuracy: float | None
-    skipped_steps: int
-    seconds: float
+    position: Position
 
 
-@dataclass
-class _Position:
-    """Where the run stands; saved with every checkpoint."""
-
-    phase: int = 0
-    step: int = 0  # of the phase
-    total_step: int = 0  # of the run
-    seconds: float = 0.0
-    best_accuracy: float = 0.0
-    bad_in_a_row: int = 0
-    skipped: int = 0
-
-
-def _position_of(checkpoint: Checkpoint, phase_steps: tuple[int, ...]) -> _Position:
-    """The position that a checkpoint holds.
-
-    Raises:
-        ValueError: it is none, or none of a run with ``phase_steps``.
-    """
-    values = checkpoint.values.get("position")
-    try:
-        position = _Position(**checkpoint.values["position"])
-        fits = (
-            isinstance(checkpoint.values["optimizer"], dict)
-            and position.phase in range(len(phase_steps))
-            and position.step in range(phase_steps[position.phase] + 1)
-            and position.total_step == sum(phase_steps[: position.phase]) + position.step
-        )
-    except (KeyError, TypeError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"the checkpoint's position {values!r} is none of this run, whose phases have {phase_steps} steps; "
-            "delete the checkpoint to start afresh"
-        )
-    return position
-
-
-@dataclass
 class Loop:
     """One run from its first step to its last.
 
@@ -118,125 +71,105 @@ class Loop:
         shown: whether to show progress.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
-    recipe: Recipe
-    data: Dataset
-    normalisation: Normalisation
-    settings: Settings
-    folder: RunFolder | None = None
-    shown: bool = True
-    _position: _Position = field(default_factory=_Position)
-    _ema: MovingAverage | None = None
-    _started: float = 0.0
-    _saved: float = 0.0
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        recipe: Recipe,
+        data: Dataset,
+        normalisation: Normalisation,
+        settings: Settings,
+        folder: RunFolder | None = None,
+        shown: bool = True,
+    ) -> None:
+        self.student, self.teacher, self.recipe, self.settings, self.folder = student, teacher, recipe, settings, folder
+        self.accelerator = make_accelerator(settings)
+        self.is_main = self.accelerator.is_main_process
+        self.feed = Feed(data, normalisation, settings, self.accelerator)
+        self.steps_per_epoch = steps_per_epoch(data, settings)
+        self.num_steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.phases = recipe.phases()
+        self.phase_steps = phase_steps(tuple(phase.share for phase in self.phases), self.num_steps)
+        self.position = Position()
+        self.ema: MovingAverage | None = None
+        self._shown = shown and self.is_main
 
     def run(self) -> Outcome:
         """Train to the end, from the folder's checkpoint if it holds one."""
-        settings = self.settings
-        self._accelerator = make_accelerator(settings)
-        self._device = self._accelerator.device
-        self._is_main = self._accelerator.is_main_process
-        self._steps_per_epoch = steps_per_epoch(self.data, settings)
-        self._feed = Feed(self.data, self.normalisation, settings, self._accelerator)
-        num_steps = max(1, round(settings.epochs * self._steps_per_epoch))
-        phases = self.recipe.phases()
-        self._phase_steps = phase_steps(tuple(p.share for p in phases), num_steps)
-        self.student.to(self._device)
-        if settings.channels_last:
+        self.student.to(self.accelerator.device)
+        if self.settings.channels_last:
             self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         checkpoint = load_checkpoint(self.folder.checkpoint) if self.folder else None
         if checkpoint is not None:
-            self._position = _position_of(checkpoint, self._phase_steps)
-        first = self._position.phase
-        objective = self._objective(first, self._networks_before(checkpoint), checkpoint)
+            self.position = read_position(checkpoint, self.phase_steps)
+        first = self.position.phase
+        objective = self._begin(first, None) if checkpoint is None else self._resume(checkpoint)
         if self.folder is not None:
             # All processes have looked into the folder before the first one writes there.
-            self._accelerator.wait_for_everyone()
-            if self._is_main:
-                self.folder.begin(self._position.total_step)
-        self._display = Display(self.recipe.name, num_steps, self._position.total_step, self.shown and self._is_main)
-        with self._display, self._tensorboard() as self._events:
+            self.accelerator.wait_for_everyone()
+            if self.is_main:
+                self.folder.begin(self.position.total_step)
+        self._display = Display(self.recipe.name, self.num_steps, self.position.total_step, self._shown)
+        self._records = Records(
+            self.folder if self.is_main else None, self.position, self.steps_per_epoch, self.settings.tensorboard
+        )
+        with self._display, self._records:
             self._started = self._saved = time.monotonic()
-            for index in range(first, len(phases)):
+            for index in range(first, len(self.phases)):
                 if index > first:
-                    objective, checkpoint = self._objective(index, objective.networks, None), None
+                    objective, checkpoint = self._begin(index, objective.networks), None
                 try:
-                    self._train_phase(objective, phases[index], checkpoint)
+                    self._train_phase(objective, checkpoint)
                 finally:
                     # Also after an interruption: the networks belong to the caller, who may pass them again.
                     objective.close()
             return self._finish(objective.networks)
 
-    def _networks_before(self, checkpoint: Checkpoint | None) -> Networks | None:
-        """Replay the structure of the phases that a checkpoint has behind it; None at the very start."""
-        if checkpoint is None:
-            return None
-        example = next(self._feed.calibration())[:2]
-        networks: Networks | None = None
-        for index, phase in enumerate(self.recipe.phases()[: self._position.phase + 1]):
-            networks = self.recipe.begin(self.student, self.teacher, example=example, phase=index, networks=networks)
-            if index < self._position.phase:
-                Objective(networks, phase).close()  # it makes the phase's helpers, which the checkpoint holds too
-        return networks
-
-    def _objective(self, index: int, networks: Networks | None, checkpoint: Checkpoint | None) -> Objective:
-        """The objective of a phase: begun from real images, or loaded."""
-        phase = self.recipe.phases()[index]
+    def _begin(self, phase: int, networks: Networks | None) -> Objective:
+        """The objective of a phase, begun from real images."""
         # Helpers start at random: after a resume between two phases the next one must draw the same numbers.
-        torch.manual_seed(_step_seed(self.settings.seed, self._position.total_step, 0))
-        if checkpoint is None:
-            self._position.phase, self._position.step = index, 0
-            return self.recipe.objective(
-                self.student, self.teacher, batches=self._feed.calibration(), phase=index, networks=networks
-            )
-        assert networks is not None
-        objective = Objective(networks, phase)
-        # The last step's gates come with the checkpoint; the objective has to know of them to change them.
-        last = self._position.step - 1
-        objective.set_progress(last / self._phase_steps[index], self._position.total_step - 1)
-        try:
-            load_networks(networks, checkpoint.part("networks"))
-        except ValueError:
-            objective.close()
-            raise
-        return objective
+        position = self.position
+        seed_step(self.settings.seed, position.total_step, 0)
+        position.phase, position.step, position.bad_in_a_row, position.first_loss = phase, 0, 0, None
+        return self.recipe.objective(
+            self.student, self.teacher, batches=self.feed.calibration(), phase=phase, networks=networks
+        )
 
-    def _train_phase(self, objective: Objective, phase: Phase, checkpoint: Checkpoint | None) -> None:
-        settings, position = self.settings, self._position
-        num_steps = self._phase_steps[position.phase]
+    def _resume(self, checkpoint: Checkpoint) -> Objective:
+        example = next(self.feed.calibration())[:2]
+        return resumed_objective(
+            checkpoint, self.recipe, self.student, self.teacher, example, self.position, self.phase_steps
+        )
+
+    def _train_phase(self, objective: Objective, checkpoint: Checkpoint | None) -> None:
+        settings, position, phase = self.settings, self.position, objective.phase
+        num_steps = self.phase_steps[position.phase]
         optimizer = make_optimizer(objective, settings)
-        guard = StepGuard(objective.networks, settings.max_bad_steps)
-        guard.skipped = position.skipped
-        bounds = StepBounds(objective.networks)
-        if settings.ema is not None and position.phase == len(self._phase_steps) - 1:
-            self._ema = MovingAverage(objective.networks.student, settings.ema)
+        bound_steps(optimizer, objective)
+        guard = StepGuard(objective.networks, settings.max_bad_steps, position.bad_in_a_row, position.skipped)
+        if settings.ema is not None and position.phase == len(self.phases) - 1:
+            self.ema = MovingAverage(objective.networks.student, settings.ema)
         if checkpoint is not None:
-            load_optimizer_state(optimizer, checkpoint.part("optimizer"), checkpoint.values["optimizer"])
-            guard.in_a_row = position.bad_in_a_row
-            if self._ema is not None:
-                self._ema.averages = {n: t.to(self._device) for n, t in checkpoint.part("ema").items()}
+            resume_training(checkpoint, optimizer, self.ema)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        model = self._prepared(objective)
-        batches = self._feed.training(position.total_step)
+        model = prepare(objective, settings, self.accelerator)
+        batches = self.feed.training(position.total_step)
         ticks = time.monotonic()
         while position.step < num_steps:
             factor = lr_factor(position.step, num_steps, settings)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             objective.set_progress(position.step / num_steps, position.total_step)
-            torch.manual_seed(_step_seed(settings.seed, position.total_step, self._accelerator.process_index))
+            seed_step(settings.seed, position.total_step, self.accelerator.process_index)
             guard.remember()
-            bounds.remember()
             images, labels = next(batches)
-            losses = self._backward(model, images, labels)
-            norm = self._accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
-            epoch = position.total_step // self._steps_per_epoch
+            losses = backward(self.accelerator, model, images, labels, settings.accumulate)
+            norm = self.accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
+            epoch = position.total_step // self.steps_per_epoch
             if guard.accept(losses["loss"], cast(Tensor, norm), f"epoch {epoch}, step {position.total_step}"):
                 optimizer.step()
-                bounds.apply()
-                if self._ema is not None:
-                    self._ema.update(objective.networks.student)
+                if self.ema is not None:
+                    self.ema.update(objective.networks.student)
             else:
                 self._display.say(f"step {position.total_step} skipped: its loss or gradient is not finite")
             optimizer.zero_grad()
@@ -246,143 +179,68 @@ class Loop:
             now = time.monotonic()
             self._display.step(phase.name, float(losses["loss"]), settings.batch_size / max(now - ticks, 1e-9))
             ticks = now
-            self._after_step(objective, phase, optimizer, losses, position.step == num_steps, factor)
+            self._after_step(objective, optimizer, losses, factor)
             ticks += time.monotonic() - now
 
-    def _backward(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Gradients of one optimizer step, in micro-batches.
-
-        Returns the loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
-        """
-        parts = self.settings.accumulate
-        means: dict[str, Tensor] = {}
-        for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-            last = part == parts - 1
-            hold = contextlib.nullcontext() if last else self._accelerator.no_sync(model)
-            with hold:
-                with self._accelerator.autocast():
-                    losses: Losses = model(x, y)
-                self._accelerator.backward(losses.total / parts)
-            named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
-            means = {name: means.get(name, 0) + value.float() / parts for name, value in named.items()}
-        reduced = cast(Tensor, self._accelerator.reduce(torch.stack(list(means.values())), reduction="mean"))
-        return dict(zip(means, reduced.unbind(), strict=True))
-
     def _after_step(
-        self,
-        objective: Objective,
-        phase: Phase,
-        optimizer: torch.optim.Optimizer,
-        losses: dict[str, Tensor],
-        is_last: bool,
-        factor: float,
+        self, objective: Objective, optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], lr_factor: float
     ) -> None:
-        """Records, evaluation and checkpoint, where it is time for them."""
-        settings, position = self.settings, self._position
-        ends_epoch = position.total_step % self._steps_per_epoch == 0
-        if position.step == 1 or position.total_step % min(LOG_EVERY, max(self._steps_per_epoch // 4, 1)) == 0:
+        """Record, evaluate and save, each when it is time for it."""
+        settings, position, phase = self.settings, self.position, objective.phase.name
+        is_last = position.step == self.phase_steps[position.phase]
+        ends_epoch = position.total_step % self.steps_per_epoch == 0
+        if position.step == 1 or position.total_step % min(LOG_EVERY, max(self.steps_per_epoch // 4, 1)) == 0:
             values = {name: float(value) for name, value in losses.items()}
-            self._record("train", phase.name, {"lr": settings.lr * factor, **values})
-        epoch = position.total_step // self._steps_per_epoch
-        if is_last or (ends_epoch and epoch % settings.evaluate_every == 0):
-            reached = self._evaluate(objective.taught)
-            # Tapped modules ran in it too: what their hooks kept would make torch.compile trace the objective anew.
-            objective.forget_features()
-            if objective.taught is objective.networks.student:
-                position.best_accuracy = max(position.best_accuracy, reached)
-            network = "student" if objective.taught is objective.networks.student else "teacher"
-            self._record("evaluation", phase.name, {"accuracy": reached, "network": network})
-            self._display.say(
-                f"{phase.name}, epoch {position.total_step / self._steps_per_epoch:.2f}: "
-                f"accuracy {100 * reached:.2f} %, loss {float(losses['loss']):.3f}"
-            )
+            self._records.write("train", phase, lr=settings.lr * lr_factor, **values)
+        if is_last or (ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0):
+            self._evaluate(objective, float(losses["loss"]))
         if ends_epoch or is_last or time.monotonic() - self._saved >= settings.checkpoint_seconds:
             self._save(objective.networks, optimizer)
 
-    def _evaluate(self, model: nn.Module) -> float:
-        """Accuracy on the test split, shared out over the processes."""
-        counts = torch.tensor(count_correct(model, self._feed.test()), device=self._device, dtype=torch.float64)
-        correct, total = cast(Tensor, self._accelerator.reduce(counts, reduction="sum")).tolist()
-        return float(correct / total)
+    def _evaluate(self, objective: Objective, loss: float) -> None:
+        """Accuracy of the network that this phase is about, on the way."""
+        reached = self._accuracy(objective.taught)
+        # Tapped modules ran in it too: what their hooks kept would make torch.compile trace the objective anew.
+        objective.forget_features()
+        is_student = objective.taught is objective.networks.student
+        if is_student:
+            self.position.best_accuracy = max(self.position.best_accuracy, reached)
+        phase = objective.phase.name
+        self._records.write("evaluation", phase, accuracy=reached, network="student" if is_student else "teacher")
+        epoch = self.position.total_step / self.steps_per_epoch
+        self._display.say(f"{phase}, epoch {epoch:.2f}: accuracy {100 * reached:.2f} %, loss {loss:.3f}")
+
+    def _accuracy(self, model: nn.Module) -> float:
+        return accuracy_over_processes(model, self.feed.test(), self.accelerator)
 
     def _save(self, networks: Networks, optimizer: torch.optim.Optimizer) -> None:
         self._saved = time.monotonic()
         if self.folder is None:
             return
-        if self._is_main:
+        if self.is_main:
             self._tick()
-            tensors, values = optimizer_state(optimizer)
-            checkpoint = Checkpoint(values={"position": vars(self._position), "optimizer": values})
-            checkpoint.add("networks", networks.state_dict())
-            checkpoint.add("optimizer", tensors)
-            if self._ema is not None:
-                checkpoint.add("ema", self._ema.averages)
-            save_checkpoint(self.folder.checkpoint, checkpoint)
-        self._accelerator.wait_for_everyone()
+            save_checkpoint(self.folder.checkpoint, take_checkpoint(self.position, networks, optimizer, self.ema))
+        self.accelerator.wait_for_everyone()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.position.seconds += now - self._started
+        self._started = now
 
     def _finish(self, networks: Networks) -> Outcome:
         """Batch norm for the final weights, the last evaluation."""
         self._tick()
-        student = networks.student
-        ema = self._ema.network(student) if self._ema is not None else None
-        ema_accuracy = None
-        if self.settings.bn_batches and is_fully_quantized(student):
-            reestimate_batch_norm(student, self._feed.plain(self.settings.bn_batches))
+        student, position, num_batches = networks.student, self.position, self.settings.bn_batches
+        ema = self.ema.network(student) if self.ema is not None else None
+        if num_batches and is_fully_quantized(student):
+            reestimate_batch_norm(student, self.feed.plain(num_batches))
+        end: dict[str, float] = {}
         if ema is not None:
-            reestimate_batch_norm(ema, self._feed.plain(max(self.settings.bn_batches, 1)))
-            ema_accuracy = self._evaluate(ema)
-        reached = self._evaluate(student)
-        position = self._position
+            reestimate_batch_norm(ema, self.feed.plain(max(num_batches, 1)))
+            end["ema_accuracy"] = self._accuracy(ema)
+        reached = self._accuracy(student)
         position.best_accuracy = max(position.best_accuracy, reached)
         self._display.say(f"finished: accuracy {100 * reached:.2f} %, best {100 * position.best_accuracy:.2f} %")
-        end = {
-            "accuracy": reached,
-            "best_accuracy": position.best_accuracy,
-            "skipped_steps": position.skipped,
-            "seconds": position.seconds,
-        }
-        self._record("end", "student", end | ({"ema_accuracy": ema_accuracy} if ema is not None else {}))
-        return Outcome(networks, reached, position.best_accuracy, ema, ema_accuracy, position.skipped, position.seconds)
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self._position.seconds += now - self._started
-        self._started = now
-
-    def _record(self, event: str, phase: str, values: dict[str, Any]) -> None:
-        if self.folder is None or not self._is_main:
-            return
-        step = self._position.total_step
-        epoch = step / self._steps_per_epoch
-        self.folder.record({"event": event, "phase": phase, "step": step, "epoch": epoch, **values})
-        if self._events is not None:
-            numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-            for name, value in numbers.items():
-                self._events.add_scalar(f"{phase}/{name}", value, step)
-
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        if self.folder is None or not self._is_main or not self.settings.tensorboard:
-            yield None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self._position.total_step + 1)
-        try:
-            yield writer
-        finally:
-            writer.close()
-
-    def _prepared(self, objective: Objective) -> nn.Module:
-        model: nn.Module = objective
-        if self.settings.compile:
-            # Progressive precision compiles once per width; the default limit of 8 is for other uses.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            model = cast(nn.Module, torch.compile(objective, fullgraph=True))
-        if self._accelerator.num_processes > 1:
-            model = cast(nn.Module, self._accelerator.prepare(model))
-        return model
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step * 1_009 + rank) % 2**63
+        end |= {"accuracy": reached, "best_accuracy": position.best_accuracy}
+        self._records.write("end", "student", **end, skipped_steps=position.skipped, seconds=position.seconds)
+        return Outcome(networks, reached, ema, end.get("ema_accuracy"), position)

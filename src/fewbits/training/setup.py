@@ -1,10 +1,13 @@
-"""What a run needs before its first step: processes and device, optimizer, length of an epoch."""
+"""What a run needs before its first step: processes and device, optimizer, compilation, length of an epoch."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from ..data import Dataset
 from ..distill import Objective
@@ -47,6 +50,18 @@ def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Opti
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+
+
+def prepare(objective: Objective, settings: Settings, accelerator: Accelerator) -> nn.Module:
+    """The objective compiled, and distributed over the processes, as the settings ask."""
+    model: nn.Module = objective
+    if settings.compile:
+        # Progressive precision compiles once per width; the default limit of 8 is for other uses.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        model = cast(nn.Module, torch.compile(objective, fullgraph=True))
+    if accelerator.num_processes > 1:
+        model = cast(nn.Module, accelerator.prepare(model))
+    return model
 
 
 def steps_per_epoch(data: Dataset, settings: Settings) -> int:

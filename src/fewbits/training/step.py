@@ -1,0 +1,46 @@
+"""One optimizer step's gradients, and the numbers that its dropout draws."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..distill import Losses
+
+
+def backward(
+    accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, num_parts: int
+) -> dict[str, Tensor]:
+    """Gradients of one step, in micro-batches.
+
+    Args:
+        accelerator: precision and processes.
+        model: the objective, prepared.
+        images: of this process, N x C x H x W.
+        labels: N.
+        num_parts: micro-batches; it divides N.
+
+    Returns:
+        The loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
+    """
+    means: dict[str, Tensor] = {}
+    for part, (x, y) in enumerate(zip(images.chunk(num_parts), labels.chunk(num_parts), strict=True)):
+        is_last = part == num_parts - 1
+        hold = contextlib.nullcontext() if is_last else accelerator.no_sync(model)
+        with hold:
+            with accelerator.autocast():
+                losses: Losses = model(x, y)
+            accelerator.backward(losses.total / num_parts)
+        named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
+        means = {name: means.get(name, 0) + value.float() / num_parts for name, value in named.items()}
+    reduced = cast(Tensor, accelerator.reduce(torch.stack(list(means.values())), reduction="mean"))
+    return dict(zip(means, reduced.unbind(), strict=True))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what a step draws, dropout's masks say: nothing is left to restore on resume."""
+    torch.manual_seed((seed * 1_000_003 + step * 1_009 + rank) % 2**63)
