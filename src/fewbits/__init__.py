@@ -9,7 +9,7 @@ from .quantizers import Codes, Quantizer, QuantSpec
 from .recipes import Recipe
 from .report import report
 from .summary import Summary, summarize
-from .training import Result, Settings, TrainingError, accuracy, fit
+from .training import Result, Settings, TrainingError, accuracy, bound_steps, fit
 
 __all__ = [
     "Codes",
@@ -28,6 +28,7 @@ __all__ = [
     "Summary",
     "TrainingError",
     "accuracy",
+    "bound_steps",
     "calibrate",
     "data",
     "export",
