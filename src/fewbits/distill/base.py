@@ -15,6 +15,7 @@ from ..precision import Fixed, PrecisionSchedule
 FULLY_QUANTIZED = Fixed()
 
 NetworkName = Literal["student", "teacher"]
+Routing = Literal["through", "detached", "teacher_input"]
 
 
 class Networks(nn.Module):
@@ -122,6 +123,12 @@ class Term:
 
     name: ClassVar[str]
 
+    sets_weight_decay: ClassVar[bool] = False
+    """Whether the term draws weights somewhere itself, in place of the run's weight decay."""
+
+    keeps_source_classes: ClassVar[bool] = False
+    """Whether the teacher has to keep its own label space, which may be another one than the data's."""
+
     def logits(self) -> tuple[NetworkName, ...]:
         """The networks whose logits are read."""
         return ()
@@ -142,6 +149,9 @@ class Term:
 @dataclass(frozen=True)
 class Edit:
     """A change of structure that a phase makes before it starts. Resume and export replay it."""
+
+    reshapes: ClassVar[NetworkName | None] = None
+    """The network whose ``state_dict`` gets other names or shapes; a run's student is rebuilt by those of its own."""
 
     def apply(self, networks: Networks) -> None:
         """Change the structure; the same call makes the same change."""
@@ -177,6 +187,7 @@ class Phase:
         edits: structure, changed before it starts.
         trains: who is trained.
         precision: what is quantized when.
+        routing: of gradients between the student's blocks, see ``distill.routing``.
     """
 
     name: str
@@ -185,6 +196,7 @@ class Phase:
     edits: tuple[Edit, ...] = ()
     trains: tuple[Group, ...] = (Group(),)
     precision: PrecisionSchedule = FULLY_QUANTIZED
+    routing: Routing = "through"
 
 
 def feature_of(features: Tensor) -> Tensor:
