@@ -110,7 +110,8 @@ class Objective(nn.Module):
     ) -> list[dict[str, Any]]:
         """Parameters for an optimizer, helpers included, each once.
 
-        Matrices and kernels decay; biases, norms and quantizers do not, unless their paper says so (PACT's alpha).
+        Matrices and kernels decay; biases, norms and quantizers do not, unless their paper says so (PACT's alpha). A
+        term that draws the weights somewhere itself takes the place of their decay.
 
         Args:
             lr: of the weights; a phase's groups multiply it.
@@ -118,13 +119,15 @@ class Objective(nn.Module):
             helper_lr: of the helpers, by default ``lr``.
         """
         groups: list[dict[str, Any]] = []
+        drawn = {term.teaches for term in self._names.values() if term.sets_weight_decay}
         for group in self.phase.trains:
             network = self.networks.network(group.network)
             split = _split(network)
             rate = lr * group.lr
             for kind, params in split.items():
                 kind_lr = rate * group.quantizer_lr if kind.startswith("quantizer") else rate
-                decay = weight_decay if kind in {"weights", "quantizer_decayed"} else 0.0
+                decays = kind == "quantizer_decayed" or (kind == "weights" and group.network not in drawn)
+                decay = weight_decay if decays else 0.0
                 groups.append(
                     {"name": f"{group.network}.{kind}", "params": params, "lr": kind_lr, "weight_decay": decay}
                 )
