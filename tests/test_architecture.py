@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "fewbits"
 
 # The rooms from the ground up. Imports go strictly downwards; rooms on the same floor do not know each other.
 FLOORS: list[list[str]] = [
+    ["names"],
     ["quantizers", "data"],
     ["layers", "streams", "models"],
     ["blocks"],
@@ -36,7 +37,7 @@ FLOORS: list[list[str]] = [
 ]
 
 # Rooms that know less than their floor would allow: the only other rooms that each may import.
-ONLY: dict[str, set[str]] = {"quantizers": set(), "data": set(), "models": {"data"}}
+ONLY: dict[str, set[str]] = {"quantizers": {"names"}, "data": {"names"}, "models": {"data", "names"}}
 
 # Rooms that must not know certain others, although those lie below them.
 NEVER: dict[str, set[str]] = {"distill": {"data", "models"}, "recipes": {"data", "models"}}

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from .layers import QUANTIZED
+from .names import unknown_name
 from .quantizers import METHODS, Quantizer, QuantSpec, build, check_bits
 from .quantizers.base import Granularity, Start
 from .streams import Trace, attach, trace
@@ -69,7 +70,7 @@ class Plan:
         if self.residual is not None:
             check_bits(self.residual, "residual")
         if self.quantizer not in METHODS:
-            raise ValueError(f"quantizer must be one of {', '.join(METHODS)}, got {self.quantizer!r}")
+            raise ValueError(unknown_name("quantizer", self.quantizer, METHODS))
 
     @classmethod
     def of(

@@ -1,6 +1,5 @@
 """Data sets by name, wherever they are on this machine."""
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from fewbits.data.places import cache_dir, roots
 from fewbits.data.sources import SOURCES, Source
 from fewbits.data.split import TensorSplit
 from fewbits.data.torchvision_import import import_torchvision
+from fewbits.names import unknown_name
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def load(name: str, root: Path | None = None, download: bool = False, image_size
     if name not in SOURCES:
         if "/" in name or "\\" in name or Path(name).is_dir():
             return load_folder(Path(name).expanduser(), image_size)
-        close = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"data must be one of {', '.join(SOURCES)}, or folder:PATH, got {name!r}{hint}")
+        raise ValueError(unknown_name("data", name, SOURCES, "folder:PATH"))
     source = SOURCES[name]
     folder = _find(source, roots(root))
     if folder is None and download:

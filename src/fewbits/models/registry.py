@@ -1,6 +1,5 @@
 """Networks by name, and which of them come with weights."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from fewbits.models.resnet_cifar import resnet18, resnet20, resnet32, resnet56
 from fewbits.models.timm_models import PREFIX, build_timm, pretrained_timm
 from fewbits.models.vgg import vgg_small
 from fewbits.models.weights import load_weights
+from fewbits.names import unknown_name
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ def build(name: str, *, num_classes: int, channels: int = 3, image_size: int | N
 def check_name(name: str) -> None:
     """Raises ValueError for a network that is not one of ours."""
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, or timm:NAME, got {name!r}{hint}")
+        raise ValueError(unknown_name("model", name, MODELS, "timm:NAME"))
 
 
 def pretrained(name: str, data: str, root: Path | None = None) -> tuple[dict[str, Tensor], Normalisation] | None:

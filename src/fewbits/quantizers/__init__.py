@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..names import unknown_name
 from .base import Codes, Engine, Quantizer, QuantSpec, check_bits
 from .dorefa import DoReFaActivation, DoReFaWeight
 from .ewgs import EWGSActivation, EWGSWeight
@@ -47,7 +48,7 @@ def build(spec: QuantSpec, num_channels: int, channel_dim: int) -> Quantizer:
         ValueError: the method is unknown, or not defined for these bits or this granularity.
     """
     if spec.method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {spec.method!r}")
+        raise ValueError(unknown_name("method", spec.method, METHODS))
     method = METHODS[spec.method]
     if spec.bits not in method.bits:
         raise ValueError(
