@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ..anatomy import before_pooling
+from ..convert import FLOAT_BITS, plan_of
+from ..quantizers import METHODS, QuantSpec, build
 from .base import NetworkName, Networks, Step, Tap, Term
 from .feature_losses import Reduction, squared_error
 from .logit_losses import cross_entropy, kl_divergence
+from .taps import Taps
 
 
 def other(network: NetworkName) -> NetworkName:
@@ -28,6 +34,52 @@ def same_shape(one: Tensor, two: Tensor, what: str) -> None:
             f"student and teacher have different {what}: {tuple(one.shape[1:])} and {tuple(two.shape[1:])} per image; "
             "use a teacher of the same kind, or a recipe that does not compare them"
         )
+
+
+def map_tap(networks: Networks, network: NetworkName) -> Tap:
+    """What is pooled into the feature: the last map, N x D x H x W, or all tokens.
+
+    Raises:
+        ValueError: nothing is pooled.
+    """
+    model = networks.network(network)
+    return Tap(network, before_pooling(model, networks.anatomy(network).head, networks.example), "output")
+
+
+def teacher_grids(networks: Networks, taps: Sequence[Tap]) -> nn.ModuleList:
+    """Untrained activation quantizers that put the teacher's tensors at ``taps`` on the student's kind of grid.
+
+    Method and bits are those of the student's plan (LSQ for methods that exist at one bit only, whose signs would make
+    a constant of what a ReLU gave), ranges those of the teacher's features of the example images. For DoReFa this is
+    Q of Zhuang et al.: clip to 0..1, then round. Reconstruction: the ranges of the other methods.
+
+    Raises:
+        ValueError: the plan leaves activations in full precision.
+    """
+    plan = plan_of(networks.student)
+    if plan is None or plan.activations == FLOAT_BITS:
+        raise ValueError(
+            "quantized_teacher needs a student with quantized activations, whose bits the teacher's feature is rounded "
+            "to; this one's are float"
+        )
+    method = plan.quantizer if len(METHODS[plan.quantizer].bits) > 1 else "lsq"
+    teacher = networks.network("teacher")
+    modes = [(module, module.training) for module in teacher.modules()]
+    hooks = Taps(taps, networks.student, teacher)
+    try:
+        with torch.no_grad():
+            teacher.eval()(networks.example)
+        features = hooks.collect()
+    finally:
+        hooks.remove()
+        for module, mode in modes:
+            module.training = mode
+    grids = nn.ModuleList()
+    for tap in taps:
+        grid = build(QuantSpec(method, plan.activations, "activation"), 1, 1).to(networks.example.device)
+        grid.calibrate(features[tap])
+        grids.append(grid)
+    return grids.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -68,15 +120,17 @@ class LogitDistance(Term):
 
 @dataclass(frozen=True)
 class FeatureDistance(Term):
-    """Squared error between the features that enter the two heads."""
+    """Squared error between the features that enter the two heads, or between the maps that are pooled into them."""
 
     reduction: Reduction = "sum"
+    pooled: bool = True
 
     name: ClassVar[str] = "features"
 
     def taps(self, networks: Networks) -> tuple[Tap, ...]:
-        """What enters the learner's head, then the other network's."""
-        return (Tap.feature(networks, self.teaches), Tap.feature(networks, other(self.teaches)))
+        """The learner's, then the other network's."""
+        place = Tap.feature if self.pooled else map_tap
+        return (place(networks, self.teaches), place(networks, other(self.teaches)))
 
     def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
         """See ``squared_error``."""

@@ -18,11 +18,12 @@ def Logits(weight: float = 0.5, temperature: float = 4.0, labels: float = 0.5) -
     return Recipe("logits", (CrossEntropy(labels), LogitDistance(weight, temperature=temperature)), Frozen())
 
 
-def Features(weight: float = 0.5, reduction: Reduction = "sum") -> Recipe:
+def Features(weight: float = 0.5, reduction: Reduction = "sum", pooled: bool = True) -> Recipe:
     """Float-feature distillation: CE + weight * ||f_s - f_t||^2 on the vectors that enter the heads.
 
     Args:
         weight: of the feature term.
         reduction: over the feature's elements, ``"sum"`` or ``"mean"``; the mean over the batch in both cases.
+        pooled: False compares the maps that are pooled into these vectors; their sum has H x W times the elements.
     """
-    return Recipe("features", (CrossEntropy(), FeatureDistance(weight, reduction=reduction)), Frozen())
+    return Recipe("features", (CrossEntropy(), FeatureDistance(weight, reduction=reduction, pooled=pooled)), Frozen())
