@@ -13,7 +13,7 @@ from training_worker import SETTINGS, network, part_of_digits, same_run, stopped
 
 from fewbits.convert import quantize
 from fewbits.data import Dataset, Normalisation, TensorSplit
-from fewbits.recipes import make
+from fewbits.recipes import Plain, make
 from fewbits.training import fit, read_metrics
 from fewbits.training import loop as loop_module
 
@@ -55,6 +55,60 @@ def test_a_student_with_too_few_outputs(tmp_path: Path):
     with pytest.raises(ValueError, match="has 9 outputs, but digits has 10 classes; build it with num_classes=10"):
         try_to_fit(student, None, "plain", tmp_path / "run", **SETTINGS)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hint"),
+    [
+        ("plain", r"got 'plain'; pass recipe=fewbits\.recipes\.make\('plain'\)"),
+        (Plain, r"call it: recipe=Plain\(\)"),
+        (None, r"got None; make one with fewbits\.recipes\.make\(NAME\), NAME one of float, plain"),
+    ],
+)
+def test_a_recipe_that_is_none(recipe: Any, hint: str, tmp_path: Path):
+    with pytest.raises(TypeError, match=f"recipe must be a fewbits.Recipe, .*{hint}"):
+        fit(network(), recipe=recipe, data=part_of_digits(), output=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_none():
+    loader: Any = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(TypeError, match=r"data must be a fewbits\.data\.Dataset, got list; use fewbits\.data\.load"):
+        fit(network(), recipe=make("float"), data=loader, progress=False)
+
+
+def coloured(classes: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, classes))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_images_of_other_channels(who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop_module.Loop, "run", never)
+    student = quantize(coloured() if who == "student" else network(), weights=3, activations=3)
+    teacher = coloured() if who == "teacher" else network()
+    with pytest.raises(
+        ValueError, match=f"the {who}'s first convolution takes 3 channels, but .* digits have 1; build"
+    ):
+        try_to_fit(student, teacher, "logits", tmp_path / "run", **SETTINGS)
+    assert not (tmp_path / "run").exists()
+    assert student.training
+
+
+class Colour(nn.Module):
+    """Grey to colour, inside the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = coloured()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.expand(-1, 3, -1, -1))
+
+
+def test_a_network_may_turn_grey_into_colour_itself():
+    student = quantize(Colour(), weights=3, activations=3)
+    result = fit(student, recipe=make("plain"), data=part_of_digits(), progress=False, **{**SETTINGS, "epochs": 1})
+    assert result.skipped_steps == 0
 
 
 def test_a_student_of_the_wrong_kind(tmp_path: Path):

@@ -38,9 +38,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
 
 def test_a_file_is_no_folder(tmp_path: Path):
     (tmp_path / "file").touch()
-    for resume in (False, True):
-        with pytest.raises(OSError, match="file"):
-            train("plain", tmp_path / "file", epochs=1, resume=resume)
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=r"output must be a folder, but .*file is a file;"):
+                train("plain", output, epochs=1, resume=resume)
 
 
 def test_other_settings_are_refused_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from ..convert import plan_of
 from ..data import Dataset, Normalisation
 from ..recipes import Recipe
 from .checkpoint import load_networks, read_tensors, save_tensors
+from .checks import check_channels, check_data, check_outputs, check_recipe
 from .folder import METRICS, STUDENT, STUDENT_EMA, RunFolder
 from .loop import Loop
 from .settings import Settings
@@ -81,13 +82,19 @@ def fit(
         description: more entries for ``run.json``.
 
     Raises:
+        TypeError: a recipe that is none, a misspelt setting.
         ValueError: arguments that do not fit together; each message says which and what to do.
         TrainingError: the loss stayed non-finite.
         OSError: a checkpoint could not be written; the previous one is whole.
     """
+    check_recipe(recipe)
+    check_data(data)
     settings = dataclasses.replace(settings or Settings(), **overrides)
     normalisation = normalisation or data.normalisation
-    _check_outputs(student, data)
+    check_outputs(student, data)
+    check_channels(student, "student", data)
+    if teacher is not None:
+        check_channels(teacher, "teacher", data)
     # An export that forgot the normalisation would be wrong without a word: it travels with the network.
     student.__dict__["fewbits_normalisation"] = normalisation
     if settings.deterministic:
@@ -175,13 +182,3 @@ def describe(
             "python": platform.python_version(),
         },
     }
-
-
-def _check_outputs(student: nn.Module, data: Dataset) -> None:
-    """A classifier with another number of outputs than classes is found before anything is read or written."""
-    layers = [m for m in student.modules() if isinstance(m, nn.Linear)]
-    if layers and layers[-1].out_features < data.num_classes:
-        raise ValueError(
-            f"the student's last linear layer has {layers[-1].out_features} outputs, but {data.name} has "
-            f"{data.num_classes} classes; build it with num_classes={data.num_classes}"
-        )

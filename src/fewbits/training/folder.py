@@ -17,7 +17,10 @@ STUDENT = "student.safetensors"
 STUDENT_EMA = "student-ema.safetensors"
 CHECKPOINT = "checkpoint"
 
-FREE = ("output", "resume", "progress", "checkpoint_seconds", "tensorboard", "torch_threads", "versions")
+FREE = (
+    *("output", "resume", "progress", "checkpoint_seconds", "tensorboard", "gradient_shares"),
+    *("torch_threads", "versions"),
+)
 """Entries of ``run.json`` that may differ when a run is resumed: they do not change its result, or say where it ran."""
 
 
@@ -44,12 +47,16 @@ class RunFolder:
         resume: whether a run that is there may be continued.
 
     Raises:
-        ValueError: the folder holds a run and ``resume`` is off, or the run there was made by something else.
+        ValueError: the folder holds a run and ``resume`` is off, or the run there was made by something else; or there
+            is a file where the folder should be.
     """
 
     def __init__(self, path: Path, description: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
         self._described = json.loads(json.dumps(as_data(dict(description)), sort_keys=True))
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise ValueError(f"output must be a folder, but {nearest} is a file; choose another place")
         if path.exists() and any(path.iterdir()) and not resume:
             if (path / RUN).exists():
                 raise ValueError(
