@@ -3,7 +3,7 @@
 from . import data, models, quantizers, recipes
 from .calibration import calibrate
 from .convert import Plan, Rule, float_state, quantize
-from .deploy import Exported, ParityError, export
+from .deploy import Exported, ParityError, export, freeze_ranges
 from .distill import Losses, Networks, Objective
 from .quantizers import Codes, Quantizer, QuantSpec
 from .recipes import Recipe
@@ -34,6 +34,7 @@ __all__ = [
     "export",
     "fit",
     "float_state",
+    "freeze_ranges",
     "models",
     "quantize",
     "quantizers",

@@ -58,7 +58,8 @@ def run_data(folder: Path, root: Path | None = None) -> Dataset:
     run = read_json(folder / RUN)
     data = datasets.load(run.get("data_source", run["data"]["name"]), root, False, run["data"]["image_size"])
     # A run that was tuned on held-out images is measured on them: nothing else touches the real test split.
-    return data.hold_out(run["hold_out"], seed=0) if run.get("hold_out") else data
+    data = data.hold_out(run["hold_out"], seed=0) if run.get("hold_out") else data
+    return data.per_class(run["per_class"], seed=run["settings"]["seed"]) if run.get("per_class") else data
 
 
 def run_result(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from .runs import float_architecture, load_run, run_data
 PARITY_IMAGES = 256
 """Real test images that every export is compared on, layer by layer."""
 
+RANGE_BATCHES = 8
+"""Training batches whose ranges are averaged when dynamic ranges are frozen."""
+
 
 @dataclass(frozen=True)
 class Export:
@@ -38,6 +41,8 @@ class Export:
         output: the file; by default student.onnx in the run folder.
         minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
             hardly learned, whose classes are a hair apart.
+        freeze_ranges: fix the ranges that DTQ's min-max finds anew in every batch, so that integers can be used:
+            another method, minmax-frozen, and its accuracy is measured as such.
         data_root: the folder that holds the data sets.
     """
 
@@ -45,6 +50,7 @@ class Export:
     engine: str = "onnxruntime"
     output: Path | None = None
     minimum_equal: float = 0.995
+    freeze_ranges: bool = False
     data_root: Path | None = None
 
 
@@ -76,9 +82,12 @@ def export(config: Export) -> dict[str, Any]:
     """
     from ..deploy import accuracy as engine_accuracy
     from ..deploy import export as export_student
+    from ..deploy import freeze_ranges
 
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
+    if config.freeze_ranges:
+        student = freeze_ranges(student, _training_images(config.run, data, normalisation))
     path = config.output or config.run / "student.onnx"
     images = data.pixels(PARITY_IMAGES)
     exported = export_student(
@@ -92,6 +101,7 @@ def export(config: Export) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
     report |= {
         "engine": config.engine,
+        "frozen_ranges": config.freeze_ranges,
         "file": path.name,
         "ratio": exported.float_bytes / exported.size_bytes,
         "accuracy_pytorch": accuracy(student, data.test.batches(batch_size=500, normalisation=normalisation)),
@@ -114,6 +124,11 @@ def _export_table(report: dict[str, Any]) -> Table:
     table.add_row("mean difference of a logit", f"{report['mean_difference']:.2g}; {own}")
     table.add_row("accuracy in PyTorch", f"{100 * report['accuracy_pytorch']:.2f} %")
     table.add_row("accuracy in the engine", f"{100 * report['accuracy_engine']:.2f} %")
+    if report["frozen_ranges"]:
+        table.add_row("method", "minmax-frozen: not the one that was trained, whose ranges are dynamic")
+    if report["dynamic"]:
+        num = len(report["dynamic"])
+        table.add_row("dynamic ranges", f"in {num} places: an image's logits depend on the batch that it comes in")
     kernels = [layer for layer in report["layers"]]
     reasons = [f"{layer['name']}: {layer['reason']}" for layer in kernels if layer.get("reason")]
     table.add_row("layers on integer kernels", f"{len(kernels) - len(reasons)} of {len(kernels)}")
@@ -164,6 +179,14 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         if row["name"] != "float" and row["ratio"] > 1:
             console.print(f"At batch {row['batch_size']} the low-bit network is slower than float on this machine.")
     return entries
+
+
+def _training_images(folder: Path, data: Dataset, normalisation: Normalisation) -> Iterator[Tensor]:
+    """A few batches of the run's training images, of its batch size: ranges depend on it."""
+    size = min(read_json(folder / RUN)["settings"]["batch_size"], data.train.num_samples)
+    batches = data.train.batches(batch_size=size, normalisation=normalisation, shuffle=True, drop_last=True)
+    for _, (images, _labels) in zip(range(RANGE_BATCHES), batches, strict=False):
+        yield images
 
 
 def machine() -> dict[str, Any]:

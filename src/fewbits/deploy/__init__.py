@@ -2,6 +2,7 @@
 
 from .bench import BenchRow, accuracy, bench
 from .export import export
+from .freeze import freeze_ranges
 from .result import CodeRow, Exported, LayerRow, ParityError
 
-__all__ = ["BenchRow", "CodeRow", "Exported", "LayerRow", "ParityError", "accuracy", "bench", "export"]
+__all__ = ["BenchRow", "CodeRow", "Exported", "LayerRow", "ParityError", "accuracy", "bench", "export", "freeze_ranges"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ..convert import plan_of, quantizer_keys
+from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
 from ..quantizers import Quantizer
 from .result import Exported, LayerRow
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("onnxruntime",)
 FLOAT_BITS = 32
+DYNAMIC = "the range of its input is found anew in every batch; freeze_ranges makes another method of it, on integers"
 MINIMUM_EQUAL = 0.995
 """Share of equal predictions; where PyTorch disagrees with itself about as much, see ``parity.check``."""
 
@@ -114,6 +115,7 @@ def export(
         equal_predictions=found.equal_predictions if found else float("nan"),
         layers=rows,
         codes=found.codes if found else (),
+        dynamic=_dynamic(network),
     )
 
 
@@ -180,6 +182,8 @@ def _metadata(student: nn.Module, class_names: Sequence[str]) -> dict[str, str]:
     plan = plan_of(student)
     if plan is not None:
         metadata["plan"] = json.dumps(asdict(plan), sort_keys=True)
+    if _dynamic(student):
+        metadata["ranges"] = "dynamic: found anew in every batch, so logits depend on the whole batch"
     if class_names:
         metadata["classes"] = json.dumps(list(class_names))
     return metadata
@@ -196,13 +200,21 @@ def _more_care(built: onnx.Built, found: parity.Parity, care: Mapping[str, fold.
 
 
 def _layers(network: nn.Module, built: onnx.Built, readers: dict[str, str]) -> tuple[LayerRow, ...]:
-    rows = []
+    rows, dynamic = [], _dynamic(network)
     for site in built.sites:
         layer = network.get_submodule(site.layer)
         assert isinstance(layer, QuantLayer)
         kernel = readers.get(str(site.weight.name)) or readers.get(str(site.result.name), "float")
-        rows.append(LayerRow(site.layer, *_bits(layer), kernel, site.reason))
+        reason = DYNAMIC if f"{site.layer}.input_quantizer" in dynamic else site.reason
+        rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason))
     return tuple(rows)
+
+
+def _dynamic(network: nn.Module) -> tuple[str, ...]:
+    """Activation quantizers whose ranges are computed from the batch."""
+    return tuple(
+        n for n, q in quantizers_of(network) if q.spec.role == "activation" and q.engine == "float" and bool(q.enabled)
+    )
 
 
 def _bits(layer: QuantLayer) -> tuple[int, int]:

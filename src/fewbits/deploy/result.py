@@ -60,6 +60,8 @@ class Exported:
         equal_predictions: share of images with the same prediction, 0 to 1; NaN if it was not checked.
         layers: kernel of each quantized layer.
         codes: parity of each activation quantizer, then of the logits; empty if it was not checked.
+        dynamic: quantizers whose range is found anew in every batch: with them an image's logits depend on the images
+            beside it, in the engine as in PyTorch.
     """
 
     path: Path
@@ -72,3 +74,4 @@ class Exported:
     equal_predictions: float
     layers: tuple[LayerRow, ...]
     codes: tuple[CodeRow, ...]
+    dynamic: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from ..names import unknown_name
 from .base import Codes, Engine, Quantizer, QuantSpec, check_bits
 from .dorefa import DoReFaActivation, DoReFaWeight
 from .ewgs import EWGSActivation, EWGSWeight
+from .frozen import FrozenMinMax
 from .lsq import LSQActivation, LSQWeight
 from .minmax import MinMax
 from .pact import PACTActivation
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
     "pact": Method(DoReFaWeight, PACTActivation),
     "ewgs": Method(EWGSWeight, EWGSActivation),
     "minmax": Method(MinMax, MinMax),
+    "minmax-frozen": Method(FrozenMinMax, FrozenMinMax, bits=(2, 3, 4, 5, 6, 7, 8)),
     "sign": Method(Sign, Sign, bits=(1,)),
     "xnor": Method(XNORWeight, XNORActivation, bits=(1,)),
     "bireal": Method(BiRealWeight, BiRealActivation, bits=(1,)),
