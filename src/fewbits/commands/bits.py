@@ -15,7 +15,8 @@ class Bits:
     Args:
         weights: bits of weights, 1 to 8, or 32 for full precision.
         activations: bits of activations, 1 to 8, or 32.
-        quantizer: lsq, dorefa, pact, ewgs, minmax, sign, xnor, bireal or react; by default lsq, or sign at 1/1.
+        quantizer: lsq, dorefa, pact, ewgs, minmax, minmax-frozen, sign, xnor, bireal or react; by default lsq, sign at
+            1/1, or minmax for recipe dtq.
         residual: bits of the quantizers around additions and pooling, or none; by default 8, for binary networks none.
         ends: bits of first and last layer: 8, 32, another width, or paper.
         keep: layers that stay float, as patterns of qualified names.
@@ -30,8 +31,11 @@ class Bits:
     keep: tuple[str, ...] = ()
     granularity: str = "tensor"
 
-    def plan(self) -> Plan:
+    def plan(self, quantizer: str | None = None) -> Plan:
         """The plan that these options make.
+
+        Args:
+            quantizer: where none is chosen; None leaves it to ``Plan.of``.
 
         Raises:
             ValueError: an option out of its range; the message names it.
@@ -45,7 +49,7 @@ class Bits:
         if self.granularity not in ("tensor", "channel"):
             raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
         rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
-        return Plan.of(self.weights, self.activations, self.quantizer, residual, **rest)
+        return Plan.of(self.weights, self.activations, self.quantizer or quantizer, residual, **rest)
 
 
 def _number(text: str, name: str, allowed: str) -> int:

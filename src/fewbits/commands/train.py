@@ -24,6 +24,9 @@ from .runs import load_run
 
 DEFAULT_RUNS = Path("runs")
 
+QUANTIZERS = {"dtq": "minmax"}
+"""Recipes that are made for another quantizer than lsq: what --quantizer defaults to."""
+
 
 @dataclass(frozen=True)
 class Train:
@@ -111,20 +114,25 @@ class Source:
         )
 
 
-def train(config: Train) -> Result:
+def train(config: Train, data: Dataset | None = None) -> Result:
     """Carry out ``config``: build or load the networks, train, leave a run folder.
+
+    Args:
+        config: the command.
+        data: the data set that it names, where it is loaded already.
 
     Raises:
         ValueError: anything in ``config`` that is wrong or does not fit together.
     """
     recipe = make(config.recipe, parse_options(config.options))
-    plan = config.bits.plan() if recipe.quantized else None
-    data = load_data(config)
+    plan = config.bits.plan(own_quantizer(config.recipe)) if recipe.quantized else None
+    data = load_data(config) if data is None else data
     torch.manual_seed(config.settings.seed)
     student = build(config.model, data)
     # Looking for a network's own weights can mean a long wait for a network that is not there: not without need.
     needs_source = recipe.quantized and not (config.scratch and config.teacher is None)
-    source = _source(config, data) if needs_source or recipe.teacher.needs_teacher else None
+    own_classes = any(term.keeps_source_classes for phase in recipe.phases() for term in phase.terms)
+    source = _source(config, data, own_classes) if needs_source or recipe.teacher.needs_teacher else None
     normalisation = (source and source.normalisation) or data.normalisation
     start = "random"
     if config.checkpoint is not None:
@@ -172,6 +180,11 @@ def train(config: Train) -> Result:
     )
 
 
+def own_quantizer(recipe: str) -> str | None:
+    """The quantizer that a recipe by name is made for; None leaves it to ``Plan.of``."""
+    return next((QUANTIZERS[part] for part in recipe.split("+") if part in QUANTIZERS), None)
+
+
 def load_data(config: Train) -> Dataset:
     """The data set that ``config`` names, made smaller as it asks."""
     data = datasets.load(config.data, config.data_root, config.download, config.image_size)
@@ -187,27 +200,42 @@ def build(model: str, data: Dataset) -> nn.Module:
     return models.build(model, num_classes=data.num_classes, channels=data.channels, image_size=data.image_size)
 
 
-def _source(config: Train, data: Dataset) -> Source | None:
+def _source(config: Train, data: Dataset, own_classes: bool) -> Source | None:
     """The trained float network: ``--teacher``, else the model's own weights for this data."""
     if config.teacher is not None:
-        return load_teacher(config.teacher, config.model, data)
-    return _own_weights(config, data)
+        return load_teacher(config.teacher, config.model, data, own_classes)
+    return _own_weights(config, data, own_classes)
 
 
-def _own_weights(config: Train, data: Dataset) -> Source | None:
+def _own_weights(config: Train, data: Dataset, own_classes: bool = False) -> Source | None:
     own = models.pretrained(config.model, config.data, config.data_root)
     if own is None:
         return None
     state, normalisation = own
-    model = build(config.model, data)
-    fresh = models.adapt(model, state)
-    if fresh:
-        _warn_fresh(fresh)
+    model = _with_weights(config.model, state, data, own_classes)
     return Source(model, normalisation, f"pretrained {config.model}")
 
 
-def load_teacher(path: Path, model: str, data: Dataset) -> Source:
+def _with_weights(name: str, state: dict[str, Tensor], data: Dataset, own_classes: bool) -> nn.Module:
+    """The network of ``state``; its classifier is for the data's classes, or for those that it was trained on."""
+    model = build(name, data)
+    weight = f"{models.classifiers(model)[0]}.weight"
+    if own_classes and weight in state and len(state[weight]) != data.num_classes:
+        model = models.build(name, num_classes=len(state[weight]), channels=data.channels, image_size=data.image_size)
+    fresh = models.adapt(model, state)
+    if fresh:
+        _warn_fresh(fresh)
+    return model
+
+
+def load_teacher(path: Path, model: str, data: Dataset, own_classes: bool = False) -> Source:
     """A teacher from a run folder (its own architecture and normalisation) or from a weights file of ``model``.
+
+    Args:
+        path: of either.
+        model: the network's name, for a weights file.
+        data: what is trained on.
+        own_classes: keep the classes that the teacher was trained on, as a run folder's always does.
 
     Raises:
         ValueError: it is not there, damaged, or of another architecture.
@@ -219,10 +247,7 @@ def load_teacher(path: Path, model: str, data: Dataset) -> Source:
         network, normalisation = load_run(path)
         return Source(network, normalisation, f"run {path.name} ({run.get('model')})")
     state = models.load_weights(path)
-    network = build(model, data)
-    fresh = models.adapt(network, state)
-    if fresh:
-        _warn_fresh(fresh)
+    network = _with_weights(model, state, data, own_classes)
     own = models.pretrained(model, data.name)
     # Weights that are the model's own file need the normalisation that they were trained with.
     same = own is not None and all(torch.equal(own[0][n], state[n]) for n in state if n in own[0])
