@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .base import Frozen, NoTeacher, Recipe, TeacherPolicy
+from .dtq import DTQ
 from .plain import Float, Plain
 from .qfd import QFD, QuantizedFeature
 from .rivals import Features, Logits
+from .transfer_rivals import DELTA, L2SP
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "float": Float,
@@ -17,6 +19,9 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "logits": Logits,
     "features": Features,
     "qfd": QFD,
+    "dtq": DTQ,
+    "l2-sp": L2SP,
+    "delta": DELTA,
 }
 
 
@@ -37,6 +42,9 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
 
 
 __all__ = [
+    "DELTA",
+    "DTQ",
+    "L2SP",
     "QFD",
     "RECIPES",
     "Features",
