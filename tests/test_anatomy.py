@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib.util
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbits.anatomy import Anatomy
+from fewbits.anatomy import Anatomy, before_pooling, readers
 from fewbits.convert import quantize
 from fewbits.distill import Networks, Tap
 from fewbits.models import build
@@ -138,3 +139,54 @@ def test_an_anatomy_that_does_not_fit(part: str):
     wrong = dataclasses.replace(stated, **{part: "klassifier" if part == "head" else ("klassifier",)})
     with pytest.raises(ValueError, match="anatomy names 'klassifier', but the teacher has no such module"):
         Networks(two_heads(), two_heads(), torch.zeros(1, 3, 4, 4), {"teacher": wrong})
+
+
+# the first quantized layer that reads each stage's output, and the module that gives what is pooled
+BEHIND = {
+    "resnet20": (["layer2.0.conv1", "layer3.0.conv1", None], "layer3.2.relu2"),
+    "resnet18": (["layer2.0.conv1", "layer3.0.conv1", "layer4.0.conv1", None], "layer4.1.relu2"),
+    "vgg-small": (["stage2.conv1", "stage3.conv1", None], "stage3.pool"),
+    "timm:resnet18": (["layer2.0.conv1", "layer3.0.conv1", "layer4.0.conv1", None], "layer4.1.act2"),
+    "timm:mobilenetv2_100": (
+        ["blocks.1.0.conv_pw", "blocks.2.0.conv_pw", "blocks.3.0.conv_pw", "blocks.5.0.conv_pw", "conv_head"],
+        "bn2.act",
+    ),
+    "timm:swin_tiny_patch4_window7_224": ([None] * 4, "norm"),
+}
+
+
+@pytest.mark.parametrize("residual", [8, None])
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_stands_behind_the_stages(name: str, residual: int | None, monkeypatch: pytest.MonkeyPatch):
+    """Also with stream quantizers in between, and where additions and ReLUs write in place (timm's ResNet)."""
+    if name.startswith("timm:"):
+        make(name)  # skips where there is no timm
+    layers, pooled = BEHIND[name]
+    model, image = build(name, num_classes=7, image_size=64), torch.randn(1, 3, 64, 64)
+    if "swin" in name:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # additions of transformers are reached by no module
+            student = quantize(model, residual=residual)
+    else:
+        student = quantize(model, residual=residual)
+    stages = Anatomy.of(student).stages
+    assert list(readers(student, image, stages).values()) == layers
+    for network in (model, student):
+        assert before_pooling(network, Anatomy.of(network).head, image) == pooled
+    # By hand: the layer takes what the stage gives, number for number, and the pooled module's mean is the feature.
+    seen: dict[str, Tensor] = {}
+    for stage in (*stages, pooled):
+        student.get_submodule(stage).register_forward_hook(lambda m, a, o, n=stage: seen.__setitem__(n, o.clone()))
+    for layer in (*filter(None, layers), Anatomy.of(student).head):
+        student.get_submodule(layer).register_forward_pre_hook(lambda m, a, n=layer: seen.__setitem__(n, a[0].clone()))
+    with torch.no_grad():
+        student.eval()(image)
+    assert all(torch.equal(seen[s], seen[layer]) for s, layer in zip(stages, layers, strict=True) if layer)
+    mean = seen[pooled].mean((1, 2) if "swin" in name else (2, 3))
+    torch.testing.assert_close(mean, seen[Anatomy.of(student).head], rtol=0.02, atol=0.02)
+
+
+def test_a_head_without_pooling_has_no_map_before_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    with pytest.raises(ValueError, match=r"gives a map with the 144 channels .*pooled=True"):
+        before_pooling(model, "3", torch.randn(2, 3, 8, 8))
