@@ -1,7 +1,9 @@
 """Sets from tensors, held-out parts and small parts."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -24,6 +26,40 @@ def test_from_tensors_describes_the_set():
     data = dataset([3, 4])
     assert (data.num_classes, data.channels, data.image_size, data.classes) == (2, 1, 4, ("0", "1"))
     assert (data.train.num_samples, data.test.num_samples) == (7, 2)
+
+
+def test_numpy_arrays_are_taken_too():
+    pixels, labels = images(4).numpy().copy(), np.array([0, 1, 0, 1], dtype=np.uint16)
+    pixels.setflags(write=False)
+    flipped = pixels[..., ::-1]  # a view that torch refuses
+    data = Dataset.from_tensors("mine", train=(flipped, labels), test=(pixels / 255, labels.tolist()))
+    assert torch.equal(data.train.images, torch.tensor(flipped.copy()))
+    assert data.train.labels.tolist() == [0, 1, 0, 1]
+    assert data.test.images.dtype == torch.float32
+    pixels.setflags(write=True)
+    before = data.train.images.clone()
+    pixels[:] = 0
+    assert torch.equal(data.train.images, before)
+
+
+def test_channels_that_come_last_are_named():
+    last = (np.zeros((4, 8, 8, 3), dtype=np.uint8), [0, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"got shape \(4, 8, 8, 3\); bring the channels forward, axes 0, 3, 1, 2"):
+        Dataset.from_tensors("mine", train=last, test=last)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (images(2), "mine train: must be a pair of images and labels, got Tensor"),
+        ((images(2),), "mine train: must be a pair"),
+        ((images(2), ["cat", "dog"]), "mine train: labels must be a tensor or a NumPy array, got list"),
+        ((None, torch.tensor([0, 1])), "mine train: images must be a tensor or a NumPy array, got NoneType"),
+    ],
+)
+def test_splits_of_something_else(train: Any, message: str):
+    with pytest.raises(TypeError, match=message):
+        Dataset.from_tensors("mine", train=train, test=(images(2), torch.tensor([0, 1])))
 
 
 @given(counts=st.lists(st.integers(4, 9), min_size=2, max_size=5), num=st.integers(1, 8), seed=st.integers(0, 99))

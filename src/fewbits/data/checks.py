@@ -38,7 +38,9 @@ def check_images(images_NCHW: Tensor, where: str) -> Tensor:
         ValueError: another type or shape; pixels that are not finite or outside 0..1, with the first such image.
     """
     if images_NCHW.ndim != 4 or images_NCHW.shape[2] != images_NCHW.shape[3]:
-        raise ValueError(f"{where}: images must be square, N x C x H x W, got shape {tuple(images_NCHW.shape)}")
+        last = images_NCHW.ndim == 4 and images_NCHW.shape[3] in (1, 3)
+        hint = "; bring the channels forward, axes 0, 3, 1, 2" if last else ""
+        raise ValueError(f"{where}: images must be square, N x C x H x W, got shape {tuple(images_NCHW.shape)}{hint}")
     if images_NCHW.dtype == torch.uint8:
         return images_NCHW
     if not images_NCHW.is_floating_point():

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewbits.data.augment import NONE, Augment
@@ -46,8 +48,8 @@ class Dataset:
         cls,
         name: str,
         *,
-        train: tuple[Tensor, Tensor],
-        test: tuple[Tensor, Tensor],
+        train: tuple[ArrayLike, ArrayLike],
+        test: tuple[ArrayLike, ArrayLike],
         classes: Sequence[str] | None = None,
         normalisation: Normalisation | None = None,
         augment: Augment = NONE,
@@ -55,11 +57,13 @@ class Dataset:
         """A data set from images in memory.
 
         Args:
-            train, test: images N x C x H x W, uint8 or float in 0..1, and integer labels N.
+            train, test: images N x C x H x W, uint8 or float in 0..1, and integer labels N; tensors, or NumPy arrays,
+                which are copied.
             classes: names; None numbers them up to the largest training label.
             normalisation: None measures the training images.
 
         Raises:
+            TypeError: a split that is no pair, or holds what is no array of numbers.
             ValueError: images that are not finite, not in 0..1 or not square; labels out of range or of another number;
                 splits of different shapes; fewer than two classes.
 
@@ -68,11 +72,11 @@ class Dataset:
         >>> Dataset.from_tensors("mine", train=(images, labels), test=(images, labels)).num_classes
         2
         """
+        pairs = {part: _tensors(split, f"{name} {part}") for part, split in (("train", train), ("test", test))}
         if classes is None:
-            classes = [str(label) for label in range(int(train[1].max()) + 1 if len(train[1]) else 0)]
-        splits = [
-            _tensor_split(split, len(classes), f"{name} {part}") for part, split in (("train", train), ("test", test))
-        ]
+            labels_N = pairs["train"][1]
+            classes = [str(label) for label in range(int(labels_N.long().max()) + 1 if len(labels_N) else 0)]
+        splits = [_tensor_split(pair, len(classes), f"{name} {part}") for part, pair in pairs.items()]
         shape, test_shape = (tuple(split.images.shape[1:]) for split in splits)
         if shape != test_shape:
             raise ValueError(f"{name}: train and test images must have one shape, got {shape} and {test_shape}")
@@ -142,6 +146,21 @@ def pick(labels_N: Tensor, counts: Sequence[int], seed: int, leave: int = 0) -> 
             )
         picked.append(members[keys_N[members].argsort(stable=True)[:count]])
     return torch.cat(picked).sort().values
+
+
+def _tensors(split: object, where: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(split, tuple | list) or len(split) != 2:
+        raise TypeError(f"{where}: must be a pair of images and labels, got {type(split).__name__}")
+    return _tensor(split[0], f"{where}: images"), _tensor(split[1], f"{where}: labels")
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.from_numpy(np.array(values, order="C"))  # a copy: an array may be read-only, or change later
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} must be a tensor or a NumPy array, got {type(values).__name__} ({error})") from error
 
 
 def _tensor_split(split: tuple[Tensor, Tensor], num_classes: int, where: str) -> TensorSplit:
