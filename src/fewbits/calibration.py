@@ -35,7 +35,8 @@ class _Collector:
 def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = False) -> int:
     """Set the ranges of quantizers from real batches, once; what is calibrated already stays.
 
-    The network runs in eval mode with every quantizer off, so that each sees what the float network would feed it.
+    The network runs in eval mode with these quantizers off, so that at the start each sees what the float network
+    would feed it, and one that joins later sees what the quantized ones before it do feed it.
 
     Args:
         model: a quantized network.
@@ -61,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = Fals
     gates = {n: q.enabled.clone() for n, q in quantizers.items()}
     modes = {n: m.training for n, m in model.named_modules()}
     try:
-        for quantizer in quantizers.values():
+        for quantizer in chosen.values():
             quantizer.enabled.fill_(False)
         model.eval()
         if _feed(model, batches) == 0:

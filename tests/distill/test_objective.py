@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbits.anatomy import Anatomy
 from fewbits.calibration import calibrate
 from fewbits.convert import quantize
 from fewbits.distill import (
@@ -395,8 +396,10 @@ def test_every_phase_is_one_compiled_graph(name: str):
     held = None
     for phase in range(len(recipe.phases())):
         torch._dynamo.reset()
-        made = recipe.objective(student, teacher, batches=[images], phase=phase, networks=held)
+        parts = Anatomy(stages=("3", "5"), blocks=("3",), head="7")
+        made = recipe.objective(student, teacher, batches=[images], phase=phase, networks=held, anatomy=parts)
         held = made.networks
+        made.zero_grad()  # of the phase before
         made.eval()  # batch statistics that move would tell the two runs apart
         compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
         got, wanted = compiled(images, labels), made(images, labels)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from ..precision import set_precision
+from ..precision import Precision, draw_precision, fragments_of, set_precision
 from ..quantizers import Quantizer
 from .base import Group, NetworkName, Networks, Phase, Step, Tap, Term
+from .routing import BlockInputs
 from .taps import Taps
 
 
@@ -35,15 +36,19 @@ class Objective(nn.Module):
     Args:
         networks: student, teacher and helpers; the phase's edits have been applied.
         phase: the terms, and who is trained.
+        seed: of what a schedule draws.
     """
 
-    def __init__(self, networks: Networks, phase: Phase) -> None:
+    def __init__(self, networks: Networks, phase: Phase, seed: int = 0) -> None:
         super().__init__()
         # Whatever the phase before froze may be trained now.
         for holder in list(networks.holders):
             holder.close()
         self.networks = networks
         self.phase = phase
+        self.seed = seed
+        self._precision: Precision | None = None
+        self._fragments: list[list[Quantizer]] | None = None
         self._names = _unique_names(phase.terms)
         self._taps: dict[str, tuple[Tap, ...]] = {}
         self._runs: set[NetworkName] = {group.network for group in phase.trains}
@@ -53,11 +58,14 @@ class Objective(nn.Module):
             helper = term.helper(networks)
             if helper is not None and name not in networks.helpers:
                 networks.helpers[name] = helper
+        if phase.routing == "teacher_input":
+            self._runs.add("teacher")
         self._trained: set[NetworkName] = {group.network for group in phase.trains}
         for network in self._runs:
             networks.network(network)
         for network in self._trained:
             _check_trainable(networks.network(network), network)
+        self._block_inputs = BlockInputs(phase.routing, networks)
         self._hooks = Taps([tap for taps in self._taps.values() for tap in taps], networks.student, networks.teacher)
         self._frozen = self._freeze()
         networks.holders.append(self)
@@ -85,20 +93,25 @@ class Objective(nn.Module):
             images: N x C x H x W, normalised.
             targets: labels, int64, N.
         """
-        logits: dict[str, Tensor] = {}
-        if "teacher" in self._runs:
-            teacher = self.networks.network("teacher")
-            if "teacher" in self._trained:
-                logits["teacher"] = teacher(images)
-            else:
-                with torch.no_grad():
-                    logits["teacher"] = teacher(images)
-        if "student" in self._runs:
-            logits["student"] = self.networks.student(images)
-        step = Step(targets, logits, self._hooks.collect())
-        values = {name: self._value(name, term, step) for name, term in self._names.items()}
+        values, logits = self.terms(images, targets)
         total = torch.stack([self._names[name].weight * value for name, value in values.items()]).sum()
         return Losses(total, {name: value.detach() for name, value in values.items()}, logits[self._taught].detach())
+
+    def terms(self, images: Tensor, targets: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each term by name, unweighted, with its gradient; and the logits of the networks that ran."""
+        logits: dict[str, Tensor] = {}
+        with self._block_inputs.exchanged():
+            if "teacher" in self._runs:
+                teacher = self.networks.network("teacher")
+                if "teacher" in self._trained:
+                    logits["teacher"] = teacher(images)
+                else:
+                    with torch.no_grad():
+                        logits["teacher"] = teacher(images)
+            if "student" in self._runs:
+                logits["student"] = self.networks.student(images)
+        step = Step(targets, logits, self._hooks.collect())
+        return {name: self._value(name, term, step) for name, term in self._names.items()}, logits
 
     def _value(self, name: str, term: Term, step: Step) -> Tensor:
         # A ModuleDict has no get().
@@ -138,11 +151,16 @@ class Objective(nn.Module):
         return [group for group in groups if group["params"]]
 
     def set_progress(self, progress: float, step: int) -> None:
-        """Move the schedules: ``progress`` from 0 to 1 through this phase, ``step`` counts optimizer steps."""
+        """Move the schedules: ``progress`` from 0 to 1 through this phase, ``step`` counts the run's steps."""
         precision = self.phase.precision.at(progress)
-        if precision != getattr(self, "_precision", None):
-            set_precision(self.networks.student, precision)
+        student = self.networks.student
+        if precision != self._precision:
+            set_precision(student, precision)
             self._precision = precision
+        if precision.probability < 1:
+            if self._fragments is None:
+                self._fragments = fragments_of(student, self.networks.anatomy("student").blocks, precision.fragment)
+            draw_precision(self._fragments, precision, self.seed, step)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for what is trained; a network that is not stays in eval mode."""
@@ -160,6 +178,7 @@ class Objective(nn.Module):
     def close(self) -> None:
         """Take the hooks off and give frozen networks their gradients back; the networks live on."""
         self._hooks.remove()
+        self._block_inputs.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []  # a second call must not undo what the next objective freezes

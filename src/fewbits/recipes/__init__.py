@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .base import Frozen, NoTeacher, Recipe, TeacherPolicy
+from ..names import unknown_name
+from .base import Frozen, NoTeacher, OneStage, Recipe, Schedule, Stage, TeacherPolicy
+from .blockwise import BinaryBlocks, BlockWise
 from .dtq import DTQ
+from .ftl import FTL
+from .joint import Joint, JointTeacher
 from .plain import Float, Plain
+from .progressive import Progressive, ProgressiveSchedule, TwoStage, TwoStageSchedule
 from .qfd import QFD, QuantizedFeature
 from .rivals import Features, Logits
+from .stochastic import Stochastic, StochasticSchedule
 from .transfer_rivals import DELTA, L2SP
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
@@ -18,43 +26,73 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "plain": Plain,
     "logits": Logits,
     "features": Features,
+    "ftl": FTL,
+    "two-stage": TwoStage,
+    "progressive": Progressive,
+    "stochastic": Stochastic,
+    "joint": Joint,
     "qfd": QFD,
     "dtq": DTQ,
     "l2-sp": L2SP,
     "delta": DELTA,
+    "blockwise": BlockWise,
 }
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe called ``name`` with the ``options`` of its function.
+    """The recipe called ``name``, or several in one: ``"ftl+stochastic+joint"``.
+
+    Args:
+        name: a key of ``RECIPES``, or several joined by ``+``, see ``Recipe.__add__``.
+        options: of the recipe's function; of several recipes, ``"ftl.weight"`` says whose.
 
     Raises:
-        ValueError: the name or an option is unknown; the choices are listed.
+        ValueError: the name or an option is unknown; the choices are listed. Or two recipes do not combine.
     """
-    if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-    options = dict(options or {})
-    known = inspect.signature(RECIPES[name]).parameters
-    for option in options:
-        if option not in known:
-            raise ValueError(f"recipe {name!r} has no option {option!r}; it takes {', '.join(known)}")
-    return RECIPES[name](**options)
+    parts = name.split("+")
+    for part in parts:
+        if part not in RECIPES:
+            raise ValueError(unknown_name("recipe", part, RECIPES, "several joined by '+'"))
+    chosen: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for option, value in (options or {}).items():
+        part, _, own = option.rpartition(".") if len(parts) > 1 else (name, "", option)
+        if part not in chosen:
+            raise ValueError(f"option {option!r} must say which recipe it is of: {' or '.join(parts)}, then '.NAME'")
+        known = inspect.signature(RECIPES[part]).parameters
+        if own not in known:
+            raise ValueError(f"recipe {part!r} has no option {own!r}; it takes {', '.join(known) or 'none'}")
+        chosen[part][own] = value
+    return functools.reduce(operator.add, (RECIPES[part](**given) for part, given in chosen.items()))
 
 
 __all__ = [
     "DELTA",
     "DTQ",
+    "FTL",
     "L2SP",
     "QFD",
     "RECIPES",
+    "BinaryBlocks",
+    "BlockWise",
     "Features",
     "Float",
     "Frozen",
+    "Joint",
+    "JointTeacher",
     "Logits",
     "NoTeacher",
+    "OneStage",
     "Plain",
+    "Progressive",
+    "ProgressiveSchedule",
     "QuantizedFeature",
     "Recipe",
+    "Schedule",
+    "Stage",
+    "Stochastic",
+    "StochasticSchedule",
     "TeacherPolicy",
+    "TwoStage",
+    "TwoStageSchedule",
     "make",
 ]

@@ -14,20 +14,77 @@ from ..anatomy import Anatomy
 from ..calibration import calibrate
 from ..convert import quantizers_of
 from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
-from ..distill.base import NetworkName
+from ..distill.base import FULLY_QUANTIZED, NetworkName, Routing
+from ..precision import PrecisionSchedule
 
 EXAMPLES = 2
 """Images that stay with the networks to give helpers their shapes."""
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of the student's training, as a schedule cuts it.
+
+    Args:
+        name: for logs.
+        share: of the student's part of the budget, 0 to 1.
+        edits: changes of bits before it starts.
+        precision: what is quantized when.
+        routing: of gradients between the student's blocks.
+        labels: False leaves out every term that reads logits.
+    """
+
+    name: str = "student"
+    share: float = 1.0
+    edits: tuple[Edit, ...] = ()
+    precision: PrecisionSchedule = FULLY_QUANTIZED
+    routing: Routing = "through"
+    labels: bool = True
+
+    def phase(self, rest: float, terms: tuple[Term, ...], trains: tuple[Group, ...]) -> Phase:
+        """The phase that it is when ``rest`` of the whole budget is the student's."""
+        kept = tuple(term for term in terms if self.labels or not term.logits())
+        return Phase(self.name, rest * self.share, kept, self.edits, trains, self.precision, self.routing)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the student's precision moves from the first step to the last."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stretches, in order; the last one ends fully quantized, with the plan's bits."""
+        raise NotImplementedError
+
+    def around(self, inner: Schedule) -> Schedule | None:
+        """This schedule with ``inner`` nested in each of its stages, or None if it cannot hold it."""
+        return None
+
+
+@dataclass(frozen=True)
+class OneStage(Schedule):
+    """Everything is quantized from the first step on."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One."""
+        return (Stage(),)
+
+
+@dataclass(frozen=True)
 class TeacherPolicy:
-    """What happens to the teacher: the phases that it needs before the student's."""
+    """What happens to the teacher, before the student's phases and along with them."""
 
     needs_teacher: ClassVar[bool] = True
 
     def phases(self) -> tuple[Phase, ...]:
         """Phases that train the teacher; their shares count in the budget."""
+        return ()
+
+    def groups(self) -> tuple[Group, ...]:
+        """Who is trained beside the student."""
+        return ()
+
+    def terms(self, student: tuple[Term, ...]) -> tuple[Term, ...]:
+        """The loss of whom ``groups`` trains, given the student's."""
         return ()
 
 
@@ -51,22 +108,53 @@ class Recipe:
         name: for logs and run folders.
         terms: the student's loss.
         teacher: what happens to the teacher.
-        edits: changes of structure before the student's phase.
+        schedule: how the student's precision moves.
+        edits: changes of structure before the student's first phase.
         quantized: whether the student is a quantized network; False trains the float network itself.
     """
 
     name: str
     terms: tuple[Term, ...] = (CrossEntropy(),)
     teacher: TeacherPolicy = NoTeacher()
+    schedule: Schedule = OneStage()
     edits: tuple[Edit, ...] = ()
     quantized: bool = True
 
     def phases(self) -> tuple[Phase, ...]:
-        """What the teacher policy needs first, then the student's phase with what is left of the budget."""
+        """What the teacher policy needs first, then the schedule's stages with what is left of the budget."""
         before = self.teacher.phases()
-        share = 1.0 - sum(phase.share for phase in before)
-        student = Phase("student", share, self.terms, self.edits, (Group("student"),))
-        return (*before, student)
+        rest = 1.0 - sum(phase.share for phase in before)
+        terms = (*self.terms, *self.teacher.terms(self.terms))
+        trains = (Group("student"), *self.teacher.groups())
+        first, *later = self.schedule.stages()
+        after = (
+            stage.phase(rest, terms, trains)
+            for stage in (replace(first, edits=(*self.edits, *first.edits)), *later)
+        )
+        return (*before, *after)
+
+    def __add__(self, other: Recipe) -> Recipe:
+        """Both at once: this recipe's terms, then the other's; the schedule and the teacher of the one that has any.
+
+        The labels count once, with this recipe's weight.
+
+        Raises:
+            ValueError: both bring a schedule, or both do something else with the teacher.
+
+        >>> from fewbits.recipes import Logits, Stochastic
+        >>> (Logits() + Stochastic()).name
+        'logits+stochastic'
+        """
+        if self.quantized != other.quantized:
+            raise ValueError(f"recipes {self.name!r} and {other.name!r} do not combine: one trains a float network")
+        return Recipe(
+            f"{self.name}+{other.name}",
+            (*self.terms, *(term for term in other.terms if type(term) is not CrossEntropy)),
+            _one_of("teacher", self, other, (NoTeacher(), Frozen())),
+            _one_of("schedule", self, other, (OneStage(),)),
+            (*self.edits, *(edit for edit in other.edits if edit not in self.edits)),
+            self.quantized,
+        )
 
     def objective(
         self,
@@ -77,6 +165,7 @@ class Recipe:
         phase: int = 0,
         networks: Networks | None = None,
         anatomy: Anatomy | Mapping[NetworkName, Anatomy] | None = None,
+        seed: int = 0,
     ) -> Objective:
         """The objective of one phase, ready to train: structure edited, quantizers and edits set from real images.
 
@@ -88,6 +177,7 @@ class Recipe:
             networks: of the phase before, for every phase but the first.
             anatomy: where the head, stages and blocks are, if the names of the network do not tell; one for both
                 networks, or one for each by ``"student"`` and ``"teacher"``. Later phases keep it.
+            seed: of what a schedule draws (stochastic precision).
 
         Raises:
             ValueError: a teacher is missing, a phase is asked for whose earlier ones have not run, or student and
@@ -100,7 +190,7 @@ class Recipe:
         for edit in self.phases()[phase].edits:
             edit.initialise(networks, (batch.to(device) for batch in images))
         calibrate(networks.student, images)
-        return Objective(networks, self.phases()[phase])
+        return Objective(networks, self.phases()[phase], seed)
 
     def begin(
         self,
@@ -129,6 +219,17 @@ class Recipe:
             edit.apply(networks)
         networks.num_phases = phase + 1
         return networks
+
+    def restructure(self, student: nn.Module) -> nn.Module:
+        """Give a fresh ``student`` the structure that the last phase left it with; values are loaded afterwards.
+
+        Args:
+            student: as it was before the first phase, in place; or the float network that it came from.
+        """
+        networks = Networks(student, None, torch.empty(0))
+        for edit in (edit for phase in self.phases() for edit in phase.edits if edit.reshapes == "student"):
+            edit.apply(networks)
+        return student
 
     def _start(
         self,
@@ -168,6 +269,22 @@ class Recipe:
     def with_options(self, **options: Any) -> Recipe:
         """The same recipe with other fields."""
         return replace(self, **options)
+
+
+def _one_of(part: str, one: Recipe, two: Recipe, plain: tuple[Any, ...]) -> Any:
+    """The ``part`` of ``one`` or ``two``; anything wins over ``plain`` ones, a later of them over an earlier."""
+    mine, theirs = getattr(one, part), getattr(two, part)
+    if mine in plain and theirs in plain:
+        return max(mine, theirs, key=plain.index)
+    if mine in plain or theirs in plain or mine == theirs:
+        return theirs if mine in plain else mine
+    for outer, inner in ((mine, theirs), (theirs, mine)):
+        if isinstance(outer, Schedule) and (nested := outer.around(inner)) is not None:
+            return nested
+    raise ValueError(
+        f"recipes {one.name!r} and {two.name!r} do not combine: both bring their own {part} "
+        f"({type(mine).__name__}, {type(theirs).__name__}); take one of them"
+    )
 
 
 def _images(batches: Iterable[Any]) -> Iterator[Tensor]:

@@ -33,6 +33,7 @@ def resumed_objective(
     example: Tensor,
     position: Position,
     phase_steps: tuple[int, ...],
+    seed: int = 0,
 ) -> Objective:
     """The objective that a checkpoint was taken of: all edits so far are replayed, then all values loaded.
 
@@ -42,6 +43,7 @@ def resumed_objective(
         example: a few images, N x C x H x W, that give helpers their shapes.
         position: of the checkpoint.
         phase_steps: optimizer steps of each phase.
+        seed: of what a schedule draws.
 
     Raises:
         ValueError: the checkpoint belongs to other networks.
@@ -51,7 +53,7 @@ def resumed_objective(
     for index in range(position.phase):
         Objective(networks, phases[index]).close()  # it makes the phase's helpers, which the checkpoint holds too
         networks = recipe.begin(student, teacher, example=example, phase=index + 1, networks=networks)
-    objective = Objective(networks, phases[position.phase])
+    objective = Objective(networks, phases[position.phase], seed)
     # The last step's gates come with the checkpoint; the objective has to know of them to change them.
     objective.set_progress((position.step - 1) / phase_steps[position.phase], position.total_step - 1)
     try:

@@ -35,6 +35,7 @@ class Settings:
         deterministic: ask PyTorch for deterministic algorithms.
         checkpoint_seconds: time between checkpoints; the end of an epoch makes one too.
         evaluate_every: epochs between evaluations; the last one always ends with one.
+        gradient_shares: steps in each phase that measure the share of every loss term in the gradient; 0 is none.
         max_bad_steps: steps in a row with a non-finite loss or gradient that end the run.
         tensorboard: write TensorBoard events beside the metrics; --no-tensorboard does not.
     """
@@ -62,6 +63,7 @@ class Settings:
     deterministic: bool = False
     checkpoint_seconds: float = 60.0
     evaluate_every: int = 1
+    gradient_shares: int = 0
     max_bad_steps: int = 10
     tensorboard: bool = True
 
@@ -72,7 +74,10 @@ class Settings:
         for name in ("epochs", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "bn_batches", "checkpoint_seconds", "quantizer_lr", "helper_lr"):
+        for name in (
+            *("weight_decay", "warmup_steps", "bn_batches", "checkpoint_seconds", "quantizer_lr", "helper_lr"),
+            "gradient_shares",
+        ):
             value = getattr(self, name)
             if value is not None and not value >= 0:  # NaN included
                 raise ValueError(f"{name} must not be negative, got {value}")
