@@ -230,7 +230,7 @@ def test_tensorboard_says_what_the_metrics_say(tmp_path: Path):
     for record in read_metrics(tmp_path):
         for name, value in record.items():
             if name not in {"event", "phase", "step", "epoch"} and not isinstance(value, str):
-                assert (record["step"], pytest.approx(value)) in got[f"{record['phase']}/{name}"]
+                assert (record["step"], pytest.approx(float(value))) in got[f"{record['phase']}/{name}"]
 
 
 @pytest.mark.parametrize(("save", "written"), [(6, True), (8, False)])

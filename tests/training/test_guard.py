@@ -12,9 +12,9 @@ from training_worker import BATCH_SIZE, NUM_TRAIN, network, part_of_digits, same
 
 from fewbits.data import Dataset, TensorSplit
 from fewbits.data.split import plan_batches
-from fewbits.training import TrainingError
+from fewbits.training import TrainingError, read_metrics
 from fewbits.training import loop as loop_module
-from fewbits.training.guard import StepGuard
+from fewbits.training.guard import StepGuard, has_diverged
 
 
 def poisoned(*steps: int, epochs: int = 2) -> Dataset:
@@ -148,3 +148,32 @@ def test_all_buffers_come_back(momentum: float | None):
     loss = model(torch.full((4, 1, 8, 8), torch.nan)).sum()
     assert not guard.accept(loss, torch.tensor(1.0), "")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_run_that_diverged_says_so(tmp_path: Path):
+    """Finite all the way: such a run ended without a word, its student a constant classifier."""
+    with pytest.warns(
+        UserWarning, match=r"the run diverged: its loss rose from .* and the student guesses .*--lr"
+    ):
+        result = train("plain", tmp_path, lr=100.0)
+    assert result.diverged
+    assert result.skipped_steps == 0
+    assert read_metrics(tmp_path)[-1]["diverged"] is True
+    assert train("plain", tmp_path, lr=100.0, resume=True).diverged
+    assert not train("plain").diverged
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracy", "num_classes", "expected"),
+    [
+        ((0.2, 1.0), 0.1, 10, False),  # up, but less than guessing costs
+        ((0.2, 5.0), 0.1, 10, True),
+        ((300.0, 500.0), 0.1, 10, False),  # features cost hundreds from the start
+        ((300.0, 700.0), 0.1, 10, True),
+        ((0.2, 50.0), 0.7, 10, False),  # a term that grew
+        ((0.2, 50.0), 0.5, 2, True),
+        ((None, None), 0.1, 10, False),
+    ],
+)
+def test_what_counts_as_diverged(losses: Any, accuracy: float, num_classes: int, expected: bool):
+    assert has_diverged(*losses, accuracy, num_classes) is expected

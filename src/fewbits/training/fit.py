@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,6 +39,7 @@ class Result:
         seconds: of training.
         normalisation: that the student's input needs.
         folder: of the run, if there is one.
+        diverged: whether the loss ended far above where it began and the student guesses; a warning said so.
     """
 
     student: nn.Module
@@ -50,6 +52,7 @@ class Result:
     seconds: float
     normalisation: Normalisation
     folder: Path | None
+    diverged: bool
 
 
 def fit(
@@ -107,10 +110,17 @@ def fit(
             resume=resume,
         )
         if folder.is_finished:
-            return _finished(student, folder, normalisation)
+            return _finished(recipe.restructure(student), folder, normalisation)
     loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress)
     outcome = loop.run()
     outcome.networks.eval()
+    if outcome.diverged and loop.is_main:
+        warnings.warn(
+            f"the run diverged: its loss rose from {outcome.position.first_loss:.3g} to "
+            f"{outcome.position.last_loss:.3g}, and the student guesses ({100 * outcome.accuracy:.2f} %); "
+            f"lower --lr, which was {settings.lr:g}",
+            stacklevel=2,
+        )
     if folder is not None and loop.is_main:
         if outcome.ema is not None:
             save_tensors(folder.path / STUDENT_EMA, outcome.ema.state_dict())
@@ -128,6 +138,7 @@ def fit(
         seconds=outcome.position.seconds,
         normalisation=normalisation,
         folder=folder.path if folder else None,
+        diverged=outcome.diverged,
     )
 
 
@@ -151,6 +162,7 @@ def _finished(student: nn.Module, folder: RunFolder, normalisation: Normalisatio
         seconds=end["seconds"],
         normalisation=normalisation,
         folder=folder.path,
+        diverged=end.get("diverged", False),
     )
 
 

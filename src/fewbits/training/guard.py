@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
+
+
+def has_diverged(first_loss: float | None, last_loss: float | None, accuracy: float, num_classes: int) -> bool:
+    """Whether a run whose loss stayed finite was lost all the same.
+
+    Its last loss is twice what guessing costs, and twice what it began with, and the network guesses: at most a tenth
+    of the way from chance to perfect. Both count, for a term whose weight grows makes the loss grow too.
+
+    Args:
+        first_loss, last_loss: of the student's steps, in nats; None where none was taken.
+        accuracy: at the end, 0 to 1.
+        num_classes: 2 or more.
+
+    >>> has_diverged(2.3, 1e6, 0.1, 10), has_diverged(2.3, 1e6, 0.9, 10), has_diverged(2.3, 2.4, 0.1, 10)
+    (True, False, False)
+    """
+    if first_loss is None or last_loss is None:
+        return False
+    chance = 1 / num_classes
+    return last_loss > 2 * max(first_loss, math.log(num_classes)) and accuracy < chance + 0.1 * (1 - chance)
 
 
 class StepGuard:

@@ -19,7 +19,7 @@ class Position:
         best_accuracy: of all evaluations of the student, 0 to 1.
         bad_in_a_row: skipped steps just now.
         skipped: skipped steps in all.
-        first_loss: of the phase, what a loss that diverged is told by; None before a step was taken.
+        first_loss, last_loss: of the phase's steps so far, to tell whether it diverged; None before one was taken.
     """
 
     phase: int = 0
@@ -30,6 +30,12 @@ class Position:
     bad_in_a_row: int = 0
     skipped: int = 0
     first_loss: float | None = None
+    last_loss: float | None = None
+
+    def saw(self, loss: float) -> None:
+        """A step with this loss was taken."""
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
 
 
 def read_position(checkpoint: Checkpoint, phase_steps: tuple[int, ...]) -> Position:
