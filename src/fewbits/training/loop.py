@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..data import Dataset, Normalisation
 from ..distill import Networks, Objective
-from ..precision import is_fully_quantized
+from ..distill.share import gradient_shares
+from ..precision import is_fully_quantized, set_precision
 from ..recipes import Recipe
 from .bounds import bound_steps
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -30,7 +31,7 @@ from .guard import StepGuard, has_diverged
 from .position import Position, read_position
 from .records import Records
 from .resume import resume_training, resumed_objective, take_checkpoint
-from .schedules import lr_factor, phase_steps
+from .schedules import lr_factor, phase_steps, spread_steps
 from .settings import Settings
 from .setup import make_accelerator, make_optimizer, prepare, steps_per_epoch
 from .step import backward, seed_step
@@ -135,13 +136,25 @@ class Loop:
         position.phase, position.step, position.bad_in_a_row = phase, 0, 0
         position.first_loss = position.last_loss = None
         return self.recipe.objective(
-            self.student, self.teacher, batches=self.feed.calibration(), phase=phase, networks=networks
+            self.student,
+            self.teacher,
+            batches=self.feed.calibration(),
+            phase=phase,
+            networks=networks,
+            seed=self.settings.seed,
         )
 
     def _resume(self, checkpoint: Checkpoint) -> Objective:
         example = next(self.feed.calibration())[:2]
         return resumed_objective(
-            checkpoint, self.recipe, self.student, self.teacher, example, self.position, self.phase_steps
+            checkpoint,
+            self.recipe,
+            self.student,
+            self.teacher,
+            example,
+            self.position,
+            self.phase_steps,
+            self.settings.seed,
         )
 
     def _train_phase(self, objective: Objective, checkpoint: Checkpoint | None) -> None:
@@ -166,6 +179,7 @@ class Loop:
             seed_step(settings.seed, position.total_step, self.accelerator.process_index)
             guard.remember()
             images, labels = next(batches)
+            shares = self._shares(objective, images, labels)
             losses = backward(self.accelerator, model, images, labels, settings.accumulate)
             norm = self.accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
             epoch = position.total_step // self.steps_per_epoch
@@ -183,8 +197,20 @@ class Loop:
             now = time.monotonic()
             self._display.step(phase.name, float(losses["loss"]), settings.batch_size / max(now - ticks, 1e-9))
             ticks = now
+            if shares:
+                self._records.write("shares", phase.name, **shares)
             self._after_step(objective, optimizer, losses, factor)
             ticks += time.monotonic() - now
+
+    def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """What each term contributes to this step's gradient, where it is time to measure it; changes nothing."""
+        num_steps = self.phase_steps[self.position.phase]
+        if self.position.step not in spread_steps(self.settings.gradient_shares, num_steps):
+            return {}
+        part = len(images) // self.settings.accumulate
+        with self.accelerator.autocast():
+            shares = gradient_shares(objective, images[:part], labels[:part])
+        return {f"share/{name}": share for name, share in shares.items()}
 
     def _after_step(
         self, objective: Objective, optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], lr_factor: float
@@ -202,17 +228,21 @@ class Loop:
             self._save(objective.networks, optimizer)
 
     def _evaluate(self, objective: Objective, loss: float) -> None:
-        """Accuracy of the network that this phase is about, on the way."""
-        reached = self._accuracy(objective.taught)
+        """Accuracy, on the way, of the networks that this phase trains."""
+        position, phase = self.position, objective.phase
+        epoch = position.total_step / self.steps_per_epoch
+        num_steps = self.phase_steps[position.phase]
+        objective.set_progress(1.0, position.total_step)  # a step's random precision is nobody's result
+        for name in dict.fromkeys(group.network for group in phase.trains):
+            reached = self._accuracy(objective.networks.network(name))
+            self._records.write("evaluation", phase.name, accuracy=reached, network=name)
+            self._display.say(f"{phase.name}, epoch {epoch:.2f}: {name} {100 * reached:.2f} %, loss {loss:.3f}")
+            if name == "student" and position.phase == len(self.phases) - 1:
+                # Earlier phases have other bits: what they reach is not what is shipped.
+                position.best_accuracy = max(position.best_accuracy, reached)
+        objective.set_progress((position.step - 1) / num_steps, position.total_step - 1)  # what a checkpoint holds
         # Tapped modules ran in it too: what their hooks kept would make torch.compile trace the objective anew.
         objective.forget_features()
-        is_student = objective.taught is objective.networks.student
-        if is_student:
-            self.position.best_accuracy = max(self.position.best_accuracy, reached)
-        phase = objective.phase.name
-        self._records.write("evaluation", phase, accuracy=reached, network="student" if is_student else "teacher")
-        epoch = self.position.total_step / self.steps_per_epoch
-        self._display.say(f"{phase}, epoch {epoch:.2f}: accuracy {100 * reached:.2f} %, loss {loss:.3f}")
 
     def _accuracy(self, model: nn.Module) -> float:
         return accuracy_over_processes(model, self.feed.test(), self.accelerator)
@@ -235,6 +265,7 @@ class Loop:
         """Batch norm for the final weights, the last evaluation."""
         self._tick()
         student, position, num_batches = networks.student, self.position, self.settings.bn_batches
+        set_precision(student, self.phases[-1].precision.at(1.0))
         ema = self.ema.network(student) if self.ema is not None else None
         if num_batches and is_fully_quantized(student):
             reestimate_batch_norm(student, self.feed.plain(num_batches))
