@@ -40,3 +40,12 @@ def phase_steps(shares: tuple[float, ...], num_steps: int) -> tuple[int, ...]:
             f"{num_steps} steps are too few for phases with shares {shares}; train longer or with smaller batches"
         )
     return steps
+
+
+def spread_steps(num: int, num_steps: int) -> set[int]:
+    """``num`` of ``num_steps`` steps (from 0), spread evenly from the first to the last; one alone is the last.
+
+    >>> sorted(spread_steps(3, 11)), spread_steps(1, 11), spread_steps(0, 11)
+    ([0, 5, 10], {10}, set())
+    """
+    return {round((index / (num - 1) if num > 1 else 1) * (num_steps - 1)) for index in range(num)}
