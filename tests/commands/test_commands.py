@@ -1,6 +1,7 @@
 """The commands, through the command line's own entry, on real digits: what they leave, print and refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +117,10 @@ def test_a_folder_with_a_run_is_not_overwritten(student, teacher, capsys):
     [
         (["--model", "resnet21", "--data", "digits"], "did you mean resnet32"),
         (["--model", "resnet20", "--data", "digitz"], "did you mean digits"),
-        (["--model", "resnet20", "--data", "digits", "--recipe", "qdf"], "recipe must be one of"),
+        (["--model", "resnet20", "--data", "digits", "--recipe", "qdf"], "did you mean qfd"),
         (["--model", "resnet20", "--data", "digits", "--weights", "9"], "between 1 and 8, got 9"),
         (["--model", "resnet20", "--data", "digits", "--weights", "0"], "between 1 and 8, got 0"),
-        (["--model", "resnet20", "--data", "digits", "--quantizer", "lsqq"], "quantizer must be one of"),
+        (["--model", "resnet20", "--data", "digits", "--quantizer", "lsqq"], "did you mean lsq"),
         (["--model", "resnet20", "--data", "digits", "--keep", "nothing.*", "--scratch"], "matches no layer"),
         (["--model", "resnet20", "--data", "digits"], "--recipe float"),
         (["--model", "resnet20", "--data", "digits", "--recipe", "qfd", "--scratch"], "--recipe float"),
@@ -208,3 +209,31 @@ def test_help_names_every_command():
     ).stdout
     for name in COMMANDS:
         assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (["data"], "lacks data.channels, data.classes, data.image_size, data.name; put back"),
+        (["normalisation", "std"], "lacks normalisation.std; put back"),
+        (["plan", "rules"], "the plan in run.json is damaged"),
+    ],
+)
+def test_a_run_whose_description_lost_entries_names_them(lost, said, student, tmp_path, capsys):
+    run_json = json.loads((student / "run.json").read_text())
+    inner = run_json
+    for name in lost[:-1]:
+        inner = inner[name]
+    del inner[lost[-1]]
+    shutil.copy(student / "student.safetensors", tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(run_json))
+    for arguments in (["export", tmp_path], ["bench", tmp_path], ["summary", "--run", tmp_path]):
+        assert run(*arguments) == 1
+        assert said in message(capsys)
+
+
+def test_a_file_where_the_run_should_go(teacher, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run(*student_of(teacher, tmp_path / "file")) == 1
+    assert "output must be a folder, but" in message(capsys)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -14,6 +14,9 @@ from ..data import Dataset, Normalisation
 from ..training import read_json, read_metrics
 from ..training.folder import RUN, STUDENT
 
+NEEDED = {"data": {"name", "classes", "channels", "image_size"}, "normalisation": {"mean", "std"}}
+"""Entries of ``run.json`` that a run is rebuilt from."""
+
 
 def load_run(folder: Path) -> tuple[nn.Module, Normalisation]:
     """The trained student of a finished run, in eval mode, and the normalisation of its input.
@@ -26,12 +29,30 @@ def load_run(folder: Path) -> tuple[nn.Module, Normalisation]:
         raise ValueError(f"{folder} holds a run that is not finished; continue it with train --resume")
     if "model" not in run:
         raise ValueError(f"{folder} was trained from Python on a network without a name; load its student yourself")
+    check_run(run, folder)
     network = float_architecture(run)
     if run.get("plan"):
         network = quantize(network, plan=plan_from_data(run["plan"]))
     models.load_into(network, models.load_weights(folder / STUDENT), what=str(folder / STUDENT))
     shift, scale = run["normalisation"]["mean"], run["normalisation"]["std"]
     return network.eval(), Normalisation(tuple(shift), tuple(scale))
+
+
+def check_run(run: dict[str, Any], folder: Path) -> None:
+    """What networks and data are rebuilt from is there; another program, or an editor, may have been at ``run.json``.
+
+    Raises:
+        ValueError: entries are missing; the message names them.
+    """
+    entries = {"recipe_name", "recipe_options"} - run.keys()
+    for part, needed in NEEDED.items():
+        held = run.get(part)
+        entries |= {f"{part}.{name}" for name in needed - (held.keys() if isinstance(held, dict) else set())}
+    if entries:
+        raise ValueError(
+            f"{folder / RUN} is damaged: it lacks {', '.join(sorted(entries))}; put back the file that training wrote, "
+            "or train again"
+        )
 
 
 def float_architecture(run: dict[str, Any]) -> nn.Module:
@@ -46,16 +67,24 @@ def float_architecture(run: dict[str, Any]) -> nn.Module:
 
 
 def plan_from_data(entries: dict[str, Any]) -> Plan:
-    """A plan from ``run.json``."""
+    """A plan from ``run.json``.
+
+    Raises:
+        ValueError: it is none.
+    """
     values = {key: value for key, value in entries.items() if key != "is"}
-    values["keep"] = tuple(values["keep"])
-    values["rules"] = tuple(Rule(**{k: v for k, v in rule.items() if k != "is"}) for rule in values["rules"])
-    return Plan(**values)
+    try:
+        values["keep"] = tuple(values["keep"])
+        values["rules"] = tuple(Rule(**{k: v for k, v in rule.items() if k != "is"}) for rule in values["rules"])
+        return Plan(**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the plan in {RUN} is damaged or of another version of fewbits: {error}") from error
 
 
 def run_data(folder: Path, root: Path | None = None) -> Dataset:
     """The data set of a run."""
     run = read_json(folder / RUN)
+    check_run(run, folder)
     data = datasets.load(run.get("data_source", run["data"]["name"]), root, False, run["data"]["image_size"])
     # A run that was tuned on held-out images is measured on them: nothing else touches the real test split.
     data = data.hold_out(run["hold_out"], seed=0) if run.get("hold_out") else data
