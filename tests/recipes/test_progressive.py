@@ -57,7 +57,8 @@ def fixed(student: nn.Module) -> dict[str, int]:
 
 def test_what_the_plan_fixes_keeps_its_bits():
     seen = [fixed(made.networks.student) for made in phases(Progressive())]
-    assert seen[0] and seen[0] == seen[1] == seen[2]
+    assert seen[0]
+    assert seen[0] == seen[1] == seen[2]
     assert set(seen[0].values()) == {8}
 
 
@@ -66,7 +67,7 @@ def steps(student: nn.Module, role: str) -> dict[str, float]:
 
 
 def test_activations_join_with_ranges_of_what_the_low_bit_weights_compute():
-    """Latent weights of thrice the size saturate on their grid: calibrated with weights off, ranges would grow ninefold."""
+    """Latent weights of thrice the size saturate on their grid; with weights off, ranges would grow ninefold."""
     run = phases(TwoStage(), steps=0)
     student = next(run).networks.student
     before = steps(student, "activation")
