@@ -298,5 +298,5 @@ def _shortcut(conv1: nn.Conv2d, old: nn.Module | None) -> nn.Module:
     if stride > 1:
         # An odd map is rounded up, as the 3x3 convolution beside it does.
         is_odd = {"ceil_mode": True, "count_include_pad": False}
-        layers = {"pool": nn.AvgPool2d(stride, stride, **is_odd), **layers}  # type: ignore[arg-type]
+        layers = {"pool": nn.AvgPool2d(stride, stride, **is_odd), **layers}
     return nn.Sequential(OrderedDict(layers))

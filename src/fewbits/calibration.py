@@ -38,6 +38,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = Fals
     The network runs in eval mode with these quantizers off, so that at the start each sees what the float network
     would feed it, and one that joins later sees what the quantized ones before it do feed it.
 
+    Binary quantizers with nothing to set stay on: signs are no approximation of what they replace, and a network of
+    double shortcuts gives numbers without bound without them. Batch norm then takes each batch's own statistics, since
+    those of the float network are not this one's.
+
     Args:
         model: a quantized network.
         batches: images, N x C x H x W, normalised as in training; about 256 are enough.
@@ -61,10 +65,14 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = Fals
     handles += [q.register_forward_hook(_pass_on) for q in activations.values() if q.needs_data]
     gates = {n: q.enabled.clone() for n, q in quantizers.items()}
     modes = {n: m.training for n, m in model.named_modules()}
+    signs = {n: q for n, q in chosen.items() if q.bits == 1 and not q.needs_data}
+    norms = [m for m in model.modules() if signs and isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     try:
-        for quantizer in chosen.values():
-            quantizer.enabled.fill_(False)
+        for name in chosen.keys() - signs.keys():
+            chosen[name].enabled.fill_(False)
         model.eval()
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
         if _feed(model, batches) == 0:
             raise ValueError("batches holds no image; calibration needs real data")
     finally:
@@ -74,6 +82,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, again: bool = Fals
             quantizer.enabled.copy_(gates[name])
         for name, module in model.named_modules():
             module.training = modes[name]
+        for norm in norms:
+            norm.track_running_stats = True
     for name, layer in layers.items():
         with _named(name):
             if f"{name}.weight_quantizer" in chosen:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
+from torch import nn
+
+from ..blocks import Branch, bireal
 from ..convert import Plan
 
 
@@ -21,6 +24,8 @@ class Bits:
         ends: bits of first and last layer: 8, 32, another width, or paper.
         keep: layers that stay float, as patterns of qualified names.
         granularity: one weight scale per tensor or per channel (lsq).
+        blocks: none, or bireal for a shortcut around every 3x3 convolution, with +prelu behind the additions and
+            +bottleneck, +squeeze or +grouped for a float branch beside each; bireal+prelu, for example.
     """
 
     weights: int = 4
@@ -30,6 +35,7 @@ class Bits:
     ends: str = "8"
     keep: tuple[str, ...] = ()
     granularity: str = "tensor"
+    blocks: str = "none"
 
     def plan(self, quantizer: str | None = None) -> Plan:
         """The plan that these options make.
@@ -50,6 +56,23 @@ class Bits:
             raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
         rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
         return Plan.of(self.weights, self.activations, self.quantizer or quantizer, residual, **rest)
+
+
+def with_blocks(network: nn.Module, blocks: str) -> nn.Module:
+    """A copy of a residual network with the ``blocks`` that the option names; the network itself for none.
+
+    Raises:
+        ValueError: another text, or a network without basic blocks.
+    """
+    if blocks == "none":
+        return network
+    first, *parts = blocks.split("+")
+    branches = [part for part in parts if part != "prelu"]
+    if first != "bireal" or len(branches) > 1 or parts.count("prelu") > 1 or set(branches) - set(get_args(Branch)):
+        raise ValueError(
+            f"blocks must be none or bireal, with +prelu and one of +{', +'.join(get_args(Branch))}; got {blocks!r}"
+        )
+    return bireal(network, "prelu" if "prelu" in parts else "none", cast("Branch | None", (*branches, None)[0]))
 
 
 def _number(text: str, name: str, allowed: str) -> int:

@@ -11,8 +11,10 @@ from .. import data as datasets
 from .. import models
 from ..convert import Plan, Rule, quantize
 from ..data import Dataset, Normalisation
+from ..recipes import make
 from ..training import read_json, read_metrics
 from ..training.folder import RUN, STUDENT
+from .bits import with_blocks
 
 NEEDED = {"data": {"name", "classes", "channels", "image_size"}, "normalisation": {"mean", "std"}}
 """Entries of ``run.json`` that a run is rebuilt from."""
@@ -33,6 +35,7 @@ def load_run(folder: Path) -> tuple[nn.Module, Normalisation]:
     network = float_architecture(run)
     if run.get("plan"):
         network = quantize(network, plan=plan_from_data(run["plan"]))
+    restructured(network, run)
     models.load_into(network, models.load_weights(folder / STUDENT), what=str(folder / STUDENT))
     shift, scale = run["normalisation"]["mean"], run["normalisation"]["std"]
     return network.eval(), Normalisation(tuple(shift), tuple(scale))
@@ -56,14 +59,20 @@ def check_run(run: dict[str, Any], folder: Path) -> None:
 
 
 def float_architecture(run: dict[str, Any]) -> nn.Module:
-    """The float network of ``run.json``, with random weights."""
+    """The float network of ``run.json`` as the run began with it, with random weights."""
     described = run["data"]
-    return models.build(
+    network = models.build(
         run["model"],
         num_classes=len(described["classes"]),
         channels=described["channels"],
         image_size=described["image_size"],
     )
+    return with_blocks(network, run.get("blocks", "none"))
+
+
+def restructured(network: nn.Module, run: dict[str, Any]) -> nn.Module:
+    """``network`` with what the run's recipe changed in its structure, in place."""
+    return make(run["recipe_name"], run["recipe_options"]).restructure(network)
 
 
 def plan_from_data(entries: dict[str, Any]) -> Plan:

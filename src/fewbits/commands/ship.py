@@ -22,7 +22,7 @@ from ..convert import float_state
 from ..data import Dataset, Normalisation
 from ..training import accuracy, read_json
 from ..training.folder import RUN
-from .runs import float_architecture, load_run, run_data
+from .runs import float_architecture, load_run, restructured, run_data
 
 PARITY_IMAGES = 256
 """Real test images that every export is compared on, layer by layer."""
@@ -204,7 +204,8 @@ def _processor() -> list[str]:
 
 def float_network(folder: Path, student: nn.Module) -> nn.Module:
     """The float network of a run's architecture with the student's latent weights: what it is measured beside."""
-    network = float_architecture(read_json(folder / RUN))
+    run = read_json(folder / RUN)
+    network = restructured(float_architecture(run), run)
     models.load_into(network, float_state(student), what="the student's latent weights")
     return network.eval()
 

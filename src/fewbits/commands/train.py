@@ -19,12 +19,12 @@ from ..data import Dataset, Normalisation
 from ..recipes import make
 from ..training import Result, Settings, fit, read_json
 from ..training.folder import RUN
-from .bits import Bits
+from .bits import Bits, with_blocks
 from .runs import load_run
 
 DEFAULT_RUNS = Path("runs")
 
-QUANTIZERS = {"dtq": "minmax"}
+QUANTIZERS = {"dtq": "minmax", "blockwise": "bireal"}
 """Recipes that are made for another quantizer than lsq: what --quantizer defaults to."""
 
 
@@ -134,6 +134,10 @@ def train(config: Train, data: Dataset | None = None) -> Result:
     own_classes = any(term.keeps_source_classes for phase in recipe.phases() for term in phase.terms)
     source = _source(config, data, own_classes) if needs_source or recipe.teacher.needs_teacher else None
     normalisation = (source and source.normalisation) or data.normalisation
+    # A double-shortcut network starts from the plain network's weights, or from its own kind's.
+    is_reshaped = config.checkpoint is None and source is not None and not source.fits(student)
+    if is_reshaped:
+        student = with_blocks(student, config.bits.blocks)
     start = "random"
     if config.checkpoint is not None:
         _start_from(student, models.load_weights(config.checkpoint))
@@ -151,6 +155,8 @@ def train(config: Train, data: Dataset | None = None) -> Result:
         start = own.description
     elif recipe.quantized and not config.scratch:
         raise ValueError(_no_start(config))
+    if not is_reshaped:
+        student = with_blocks(student, config.bits.blocks)
     if plan is not None:
         student = quantize(student, plan=plan)
     teacher = source.model if source is not None and recipe.teacher.needs_teacher else None
@@ -169,6 +175,7 @@ def train(config: Train, data: Dataset | None = None) -> Result:
         description={
             "command": "train",
             "model": config.model,
+            "blocks": config.bits.blocks,
             "start": start,
             "teacher": source.description if teacher is not None and source else None,
             "recipe_name": config.recipe,

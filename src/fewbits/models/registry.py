@@ -1,5 +1,6 @@
 """Networks by name, and which of them come with weights."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Pretrained:
     accuracy: float
 
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,
@@ -53,7 +54,7 @@ def build(name: str, *, num_classes: int, channels: int = 3, image_size: int | N
     """A network with random weights from PyTorch's global generator.
 
     Args:
-        name: one of `names()`, or `timm:NAME`.
+        name: one of `names()`, or `timm:NAME`. Behind a ResNet's name, `-w1.5` makes it so many times as wide.
         num_classes: 2 or more.
         channels: 1 for grey images, 3 for RGB.
         image_size: pixels a side, which some of timm's transformers need to know.
@@ -69,8 +70,20 @@ def build(name: str, *, num_classes: int, channels: int = 3, image_size: int | N
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     if name.startswith(PREFIX):
         return build_timm(name.removeprefix(PREFIX), num_classes=num_classes, channels=channels, image_size=image_size)
-    check_name(name)
-    return MODELS[name](num_classes, channels)
+    base, width = _split_width(name)
+    check_name(base)
+    return MODELS[base](num_classes, channels, *width)
+
+
+def _split_width(name: str) -> tuple[str, tuple[float, ...]]:
+    """`resnet20-w1.5` as `resnet20` and 1.5; a name without a width as it is."""
+    found = re.fullmatch(r"(resnet\d+)-w(\d+(?:\.\d+)?)", name)
+    if found is None:
+        return name, ()
+    width = float(found[2])
+    if not 0 < width <= 16:
+        raise ValueError(f"the width in model {name!r} must lie above 0 and be at most 16, got {width:g}")
+    return found[1], (width,)
 
 
 def check_name(name: str) -> None:
@@ -96,7 +109,7 @@ def pretrained(name: str, data: str, root: Path | None = None) -> tuple[dict[str
     """
     if name.startswith(PREFIX):
         return pretrained_timm(name.removeprefix(PREFIX))
-    check_name(name)
+    check_name(_split_width(name)[0])
     for entry in PRETRAINED.get(name, ()):
         path = next((place / entry.file for place in roots(root) if (place / entry.file).is_file()), None)
         if entry.data == data and path is not None:

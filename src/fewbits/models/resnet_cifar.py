@@ -113,26 +113,26 @@ def initialise(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def resnet20(num_classes: int, channels: int = 3) -> CifarResNet:
-    """20 layers, option A: 269,722 parameters for 10 classes of RGB images."""
-    return _option_a(20, num_classes, channels)
+def resnet20(num_classes: int, channels: int = 3, width: float = 1.0) -> CifarResNet:
+    """20 layers, option A: 269,722 parameters for 10 classes of RGB images; ``width`` multiplies all channels."""
+    return _option_a(20, num_classes, channels, width)
 
 
-def resnet32(num_classes: int, channels: int = 3) -> CifarResNet:
+def resnet32(num_classes: int, channels: int = 3, width: float = 1.0) -> CifarResNet:
     """32 layers, option A: 464,154 parameters for 10 classes of RGB images."""
-    return _option_a(32, num_classes, channels)
+    return _option_a(32, num_classes, channels, width)
 
 
-def resnet56(num_classes: int, channels: int = 3) -> CifarResNet:
+def resnet56(num_classes: int, channels: int = 3, width: float = 1.0) -> CifarResNet:
     """56 layers, option A: 853,018 parameters for 10 classes of RGB images."""
-    return _option_a(56, num_classes, channels)
+    return _option_a(56, num_classes, channels, width)
 
 
-def resnet18(num_classes: int, channels: int = 3) -> CifarResNet:
+def resnet18(num_classes: int, channels: int = 3, width: float = 1.0) -> CifarResNet:
     """ImageNet's ResNet-18 with a 3x3 stem and no max-pooling: 11,173,962 parameters for 10 classes of RGB images."""
     return CifarResNet(
         (2, 2, 2, 2),
-        (64, 128, 256, 512),
+        _widened((64, 128, 256, 512), width),
         projection=True,
         num_classes=num_classes,
         channels=channels,
@@ -140,12 +140,17 @@ def resnet18(num_classes: int, channels: int = 3) -> CifarResNet:
     )
 
 
-def _option_a(depth: int, num_classes: int, channels: int) -> CifarResNet:
+def _option_a(depth: int, num_classes: int, channels: int, width: float) -> CifarResNet:
     return CifarResNet(
         ((depth - 2) // 6,) * 3,
-        (16, 32, 64),
+        _widened((16, 32, 64), width),
         projection=False,
         num_classes=num_classes,
         channels=channels,
         architecture=f"resnet{depth}",
     )
+
+
+def _widened(widths: tuple[int, ...], width: float) -> tuple[int, ...]:
+    """Even numbers of channels: option A pads the new ones half on each side."""
+    return tuple(max(2, 2 * round(channels * width / 2)) for channels in widths)
