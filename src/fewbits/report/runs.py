@@ -94,8 +94,8 @@ class Run:
 
 
 def of_student(record: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is the student's: phases that train the teacher evaluate the teacher."""
-    return record.get("phase") != "teacher"
+    """Whether a record is about the student: phases may train the teacher, and evaluations name the network."""
+    return record.get("network", "teacher" if record.get("phase") == "teacher" else "student") == "student"
 
 
 def is_float(row: Mapping[str, Any]) -> bool:
