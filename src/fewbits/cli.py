@@ -24,8 +24,8 @@ def _command(config: Any, name: str, help_: str) -> Any:
     annotated: Any = Annotated
     positional: Any = PositionalRequiredArgs
     command = annotated[config, subcommand(name=name, description=help_)]
-    # A run folder is named as it is: fewbits export runs/x. What train needs are options with names.
-    return command if config is commands.Train else positional[command]
+    # A run folder is named as it is: fewbits export runs/x. What train and compare need are options with names.
+    return command if issubclass(config, commands.Train) else positional[command]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"fewbits: {message} ({str(error).splitlines()[0]})", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("stopped; continue with the same command and --resume", style="yellow")
+        how = "" if isinstance(config, commands.Compare) else " and --resume"
+        console.print(f"stopped; continue with the same command{how}", style="yellow")
         return 130
     return 0
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .bits import Bits
+from .compare import Compare, compare
 from .demo import Demo, demo
 from .runs import load_run, run_data
 from .ship import Bench, Export, bench, export
@@ -14,6 +15,7 @@ from .train import Train, train
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "train": (Train, train),
+    "compare": (Compare, compare),
     "export": (Export, export),
     "bench": (Bench, bench),
     "report": (Report, report),
@@ -27,6 +29,7 @@ __all__ = [
     "COMMANDS",
     "Bench",
     "Bits",
+    "Compare",
     "Data",
     "Demo",
     "Export",
@@ -35,6 +38,7 @@ __all__ = [
     "Summary",
     "Train",
     "bench",
+    "compare",
     "data",
     "demo",
     "export",
