@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import data as datasets
 from .. import models
 from ..convert import FLOAT_BITS, quantize
-from ..recipes import RECIPES, make
+from ..recipes import RECIPES, Recipe, make
+from ..recipes.cost import cost_of
 from ..report import comparison
 from ..report import report as write_report
 from ..summary import Summary as LayerSummary
@@ -80,7 +84,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the recipes, what they need and their options."""
+    """List the recipes: paper, what they need, what they cost, and their options."""
 
 
 def summary(config: Summary) -> LayerSummary:
@@ -129,14 +133,50 @@ def data(config: Data) -> list[datasets.Found]:
 
 def recipes(config: Recipes) -> list[str]:
     """Carry out ``config``; returns the names."""
-    table = Table("recipe", "teacher", "what it does", "options (--options name=value ...)")
+    table = Table("recipe", "what it does", "paper", "needs", "cost", "options (--options name=value ...)")
     for name, function in RECIPES.items():
+        recipe = make(name)
         parameters = inspect.signature(function).parameters.values()
-        table.add_row(
-            name,
-            "yes" if make(name).teacher.needs_teacher else "no",
-            (inspect.getdoc(function) or "").splitlines()[0],
-            " ".join(f"{p.name}={p.default}" for p in parameters),
-        )
-    Console().print(table)
+        what = CITATION.sub("", (inspect.getdoc(function) or "").splitlines()[0])
+        cells = (name, what, paper_of(function), _needs(recipe), cost_text(recipe))
+        table.add_row(*map(Text, cells), Text(" ".join(f"{p.name}={p.default}" for p in parameters)))
+    console = wide_console()
+    console.print(table)
+    console.print(
+        "cost: passes for each optimizer step, plain training is 1: forward and backward through networks that are "
+        "trained, then forward through those that are only read; phases with their share of the budget"
+    )
     return list(RECIPES)
+
+
+CITATION = re.compile(r" ?\(([^()]*\bet al\.[^()]*)\)")
+
+
+def paper_of(function: Callable[..., Recipe]) -> str:
+    """The citation in a recipe's first line, else in its file's; nothing where there is none.
+
+    >>> paper_of(RECIPES["qfd"]), paper_of(RECIPES["plain"])
+    ('Zhu et al., AAAI 2023', '')
+    """
+    for described in (function, sys.modules[function.__module__]):
+        found = CITATION.search((inspect.getdoc(described) or "").partition("\n")[0])
+        if found:
+            return found[1]
+    return ""
+
+
+def cost_text(recipe: Recipe) -> str:
+    """Passes for each step, and phases where there are several.
+
+    >>> cost_text(make("qfd"))
+    '1 trained + 0.8 read; teacher 20 %, student 80 %'
+    """
+    cost, phases = cost_of(recipe), recipe.phases()
+    text = f"{cost.trained:.3g} trained" + (f" + {cost.frozen:.3g} read" if cost.frozen else "")
+    shares = ", ".join(f"{phase.name} {phase.share:.0%}".replace("%", " %") for phase in phases)
+    return f"{text}; {shares}" if len(phases) > 1 else text
+
+
+def _needs(recipe: Recipe) -> str:
+    student = "low-bit student" if recipe.quantized else "float student"
+    return f"{student}, teacher" if recipe.teacher.needs_teacher else student
