@@ -20,7 +20,7 @@ from .. import models
 from ..convert import FLOAT_BITS, quantize
 from ..recipes import RECIPES, Recipe, make
 from ..recipes.cost import cost_of
-from ..report import comparison
+from ..report import DISPENSABLE, comparison
 from ..report import report as write_report
 from ..summary import Summary as LayerSummary
 from ..summary import summarize
@@ -28,10 +28,14 @@ from ..training import read_json
 from ..training.folder import RUN
 from .bits import Bits
 from .runs import load_run
+from .tables import print_table
 from .train import build
 
-WIDE = 160
+WIDE = 200
 """Columns of a table where no terminal says how wide it is: a log, a pipe."""
+
+SPARE = ("shapes", "state", "kind", "parameters", "MACs", "bit ops", "remarks")
+"""What a summary does without in a narrow terminal, the first ones first."""
 
 
 def wide_console() -> Console:
@@ -104,7 +108,7 @@ def summary(config: Summary) -> LayerSummary:
     table = summarize(network.eval(), torch.zeros(shape))
     if config.run is not None:
         (config.run / "summary.json").write_text(json.dumps(table.to_data(), indent=2, sort_keys=True) + "\n")
-    wide_console().print(table.table())
+    print_table(wide_console(), table.table(), SPARE, wraps=("remarks",))
     return table
 
 
@@ -114,7 +118,7 @@ def report(config: Report) -> Path:
         raise ValueError("runs is empty; name at least one run folder")
     page = write_report(config.runs, config.output or config.runs[0] / "report.html")
     console = wide_console()
-    console.print(comparison(config.runs))
+    print_table(console, comparison(config.runs), DISPENSABLE)
     console.print(f"wrote {page}", highlight=False)
     return page
 

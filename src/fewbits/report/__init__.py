@@ -1,6 +1,6 @@
 """Run folders side by side: one table for the terminal, one self-contained HTML page."""
 
-from .headline import comparison
+from .headline import DISPENSABLE, comparison
 from .page import report
 
-__all__ = ["comparison", "report"]
+__all__ = ["DISPENSABLE", "comparison", "report"]

@@ -99,6 +99,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("largest difference", _difference),
 )
 
+DISPENSABLE = (
+    *("largest difference", "equal predictions, %", "data", "model", "best, %", "quantizer"),
+    *("latency, ms", "recipe", "latency / float", "in the engine, %"),
+)
+"""Columns that a narrow terminal does without, the first ones first; the page shows them all."""
+
 
 def cells(run: Run) -> list[str]:
     """The texts of a run's line, in the order of ``COLUMNS``."""
