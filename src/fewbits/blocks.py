@@ -21,6 +21,8 @@ Branch = Literal["bottleneck", "squeeze", "grouped"]
 Activation = Literal["none", "prelu"]
 GROUPS = 16
 """Of the grouped branch; fewer where fewer than four channels would be left in each."""
+LEAST_WIDTH = 4
+"""Channels inside a branch where no reduction is asked for: one ReLU alone, as 16/16 gives, may never open."""
 _REDUCTION = {"bottleneck": 4, "squeeze": 16}
 _EXTRAS = ("aa", "se", "drop_block", "drop_path")
 
@@ -176,7 +178,7 @@ def make_branch(
         in_channels: C.
         out_channels: C_out.
         stride: of the convolution that it stands beside.
-        reduction: r, for the first two.
+        reduction: r, for the first two; by default as above, at least four channels staying.
     """
     if kind not in get_args(Branch):
         raise ValueError(f"branch must be one of {', '.join(get_args(Branch))}, got {kind!r}")
@@ -193,7 +195,7 @@ def make_branch(
             "bn2": nn.BatchNorm2d(out_channels),
         }
     else:
-        inner = max(1, in_channels // (reduction or _REDUCTION[kind]))
+        inner = max(1, in_channels // reduction) if reduction else max(LEAST_WIDTH, in_channels // _REDUCTION[kind])
         if kind == "squeeze":
             layers = {
                 "pool": nn.AdaptiveAvgPool2d(1),
@@ -261,6 +263,7 @@ def _basic_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             all(isinstance(c, nn.Conv2d) and c.kernel_size == (3, 3) and c.groups == 1 for c in convs)
             and {"bn1", "bn2"} <= parts.keys()
             and "conv3" not in parts
+            and (hasattr(module, "shortcut") or hasattr(module, "downsample"))
         ):
             yield name, module
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewbits.anatomy import Anatomy
 from fewbits.convert import quantize
 from fewbits.distill import Group, Objective
+from fewbits.models.resnet_cifar import BasicBlock
 from fewbits.recipes import QFD, RECIPES, Features, Float, Logits, NoTeacher, Plain, Recipe, make
 from fewbits.training.folder import as_data
 
@@ -33,8 +34,8 @@ def network(classes: int = 3) -> nn.Module:
             conv=nn.Conv2d(3, 6, 3, padding=1),
             bn=nn.BatchNorm2d(6),
             relu=nn.ReLU(),
-            layer1=nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())),
-            layer2=nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())),
+            layer1=nn.Sequential(BasicBlock(6, 6, 1, nn.Identity())),
+            layer2=nn.Sequential(BasicBlock(6, 6, 1, nn.Identity())),
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
             head=nn.Linear(6, classes),
@@ -47,7 +48,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def student_for(recipe: Recipe, teacher: nn.Module) -> nn.Module:
-    return quantize(teacher, 4, 4) if recipe.quantized else network()
+    if not recipe.quantized:
+        return network()
+    return quantize(teacher, 1, 1) if recipe.name == "blockwise" else quantize(teacher, 4, 4)
 
 
 def train(made: Objective, num_steps: int = 2, lr: float = 0.05) -> None:
