@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fewbits.convert import quantize
 from fewbits.distill import Networks, Objective
 from fewbits.quantizers.feature import FeatureQuantizer
-from fewbits.recipes import QFD, Features, QuantizedFeature
+from fewbits.recipes import QFD, Features, Frozen, QuantizedFeature
 from fewbits.recipes.qfd import QUANTIZER, QuantizeFeature
 
 WIDTH, CLASSES = 6, 3
@@ -325,3 +325,52 @@ def test_a_convolution_as_head():
     second = recipe.objective(student, teacher, batches=[batch()], phase=1, networks=first.networks)
     second(*batch()).total.backward()
     assert bool(student[0].weight.grad.any())
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("retrain", [True, False])
+def test_the_feature_before_the_pooling(bits: int, reduction: Any, retrain: bool):
+    """The teacher's head consumes the pooled quantized map; the student's map is compared before the pooling."""
+    made, teacher = begun(phase=1 if retrain else 0, bits=bits, reduction=reduction, retrain=retrain, pooled=False)
+    made.eval()
+    edited, student, (images, labels) = made.networks.teacher, made.networks.student, batch()
+    quantizer = edited[2].get_submodule(QUANTIZER)  # on the ReLU's output
+    assert isinstance(quantizer, FeatureQuantizer)
+    assert quantizer.bits == bits
+    assert QUANTIZER not in dict(edited[-1].named_children())
+    with torch.no_grad():
+        f_student, f_teacher = student[:3](images), nn.Sequential(*list(teacher.eval())[:3])(images)
+        height, width = f_student.shape[2:]
+        target = torch.tensor(slow_quantized(f_teacher.flatten(1).tolist(), quantizer)).view_as(f_teacher)
+        torch.testing.assert_close(edited(images), edited[-1](target.mean((2, 3))))
+    losses = made(images, labels)
+    error = 0.0
+    for row, targets in zip(f_student.flatten(1).tolist(), target.flatten(1).tolist(), strict=True):
+        error += sum((s - t) ** 2 for s, t in zip(row, targets, strict=True))
+    error /= len(images) * (WIDTH * height * width if reduction == "mean" else 1)
+    assert losses.terms["quantized_features"].item() == pytest.approx(error, rel=1e-4)
+    losses.total.backward()
+    assert bool(student[0].weight.grad.any())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    with pytest.raises(ValueError, match="feature is quantized already"):
+        QFD(pooled=False).objective(quantize(network()), edited, batches=[batch()])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_float_features_before_and_behind_the_pooling(pooled: bool):
+    assert QFD(bits=32, pooled=pooled) == Features(pooled=pooled)
+    teacher = network()
+    student, (images, labels) = quantize(teacher, 4, 4), batch()
+    made = Features(reduction="mean", pooled=pooled).objective(student, teacher, batches=[images]).eval()
+    end = 5 if pooled else 3
+    with torch.no_grad():
+        pair = [nn.Sequential(*list(model.eval())[:end])(images).flatten().tolist() for model in (student, teacher)]
+    wanted = sum((s - t) ** 2 for s, t in zip(*pair, strict=True)) / len(pair[0])
+    assert made(images, labels).terms["features"].item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_teacher_without_a_quantized_feature():
+    recipe = QFD().with_options(teacher=Frozen())
+    with pytest.raises(ValueError, match="the teacher's feature is not quantized"):
+        recipe.objective(quantize(network()), network(), batches=[batch()])
