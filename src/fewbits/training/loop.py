@@ -7,10 +7,8 @@ taken, bit for bit, once networks and optimizer are loaded.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +32,7 @@ from .resume import resume_training, resumed_objective, take_checkpoint
 from .schedules import lr_factor, phase_steps, spread_steps
 from .settings import Settings
 from .setup import make_accelerator, make_optimizer, prepare, steps_per_epoch
-from .step import backward, seed_step
+from .step import backward, clip_gradients, seed_step
 
 LOG_EVERY = 50
 """Most steps between records of the loss; a short epoch has four."""
@@ -181,9 +179,9 @@ class Loop:
             images, labels = next(batches)
             shares = self._shares(objective, images, labels)
             losses = backward(self.accelerator, model, images, labels, settings.accumulate)
-            norm = self.accelerator.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
+            norm = clip_gradients(self.accelerator, objective, settings.clip_grad)
             epoch = position.total_step // self.steps_per_epoch
-            if guard.accept(losses["loss"], cast(Tensor, norm), f"epoch {epoch}, step {position.total_step}"):
+            if guard.accept(losses["loss"], norm, f"epoch {epoch}, step {position.total_step}"):
                 optimizer.step()
                 position.saw(float(losses["loss"]))
                 if self.ema is not None:

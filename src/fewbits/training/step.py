@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..distill import Losses
+from ..distill import Losses, Objective
 
 
 def backward(
@@ -39,6 +40,21 @@ def backward(
         means = {name: means.get(name, 0) + value.float() / num_parts for name, value in named.items()}
     reduced = cast(Tensor, accelerator.reduce(torch.stack(list(means.values())), reduction="mean"))
     return dict(zip(means, reduced.unbind(), strict=True))
+
+
+def clip_gradients(accelerator: Accelerator, objective: Objective, most: float | None) -> Tensor:
+    """Scale gradients down to a norm of at most ``most``, each trained network by itself, helpers with the student.
+
+    A teacher that is trained along is another optimisation problem: its gradient must not shrink the student's.
+
+    Returns:
+        The norm of all gradients before that.
+    """
+    networks = objective.networks
+    groups = [[*networks.network(group.network).parameters()] for group in objective.phase.trains]
+    groups[0].extend(networks.helpers.parameters())
+    norms = [cast(Tensor, accelerator.clip_grad_norm_(group, most or math.inf)) for group in groups]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
