@@ -152,9 +152,7 @@ def test_all_buffers_come_back(momentum: float | None):
 
 def test_a_run_that_diverged_says_so(tmp_path: Path):
     """Finite all the way: such a run ended without a word, its student a constant classifier."""
-    with pytest.warns(
-        UserWarning, match=r"the run diverged: its loss rose from .* and the student guesses .*--lr"
-    ):
+    with pytest.warns(UserWarning, match=r"the run diverged: its loss rose from .* and the student guesses .*--lr"):
         result = train("plain", tmp_path, lr=100.0)
     assert result.diverged
     assert result.skipped_steps == 0

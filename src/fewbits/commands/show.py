@@ -26,7 +26,7 @@ from ..summary import Summary as LayerSummary
 from ..summary import summarize
 from ..training import read_json
 from ..training.folder import RUN
-from .bits import Bits
+from .bits import Bits, with_blocks
 from .runs import load_run
 from .tables import print_table
 from .train import build
@@ -99,7 +99,7 @@ def summary(config: Summary) -> LayerSummary:
         shape = (1, described["channels"], described["image_size"], described["image_size"])
     elif config.model is not None:
         data = datasets.load(config.data, config.data_root)
-        network = build(config.model, data)
+        network = with_blocks(build(config.model, data), config.bits.blocks)
         if not config.bits.weights == config.bits.activations == FLOAT_BITS:
             network = quantize(network, plan=config.bits.plan())
         shape = (1, data.channels, data.image_size, data.image_size)
@@ -145,7 +145,9 @@ def recipes(config: Recipes) -> list[str]:
         cells = (name, what, paper_of(function), _needs(recipe), cost_text(recipe))
         table.add_row(*map(Text, cells), Text(" ".join(f"{p.name}={p.default}" for p in parameters)))
     console = wide_console()
-    console.print(table)
+    print_table(
+        console, table, ("paper", "needs"), wraps=("what it does", "cost", "options (--options name=value ...)")
+    )
     console.print(
         "cost: passes for each optimizer step, plain training is 1: forward and backward through networks that are "
         "trained, then forward through those that are only read; phases with their share of the budget"

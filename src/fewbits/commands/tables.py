@@ -53,7 +53,7 @@ def _narrow(console: Console, table: Table, spare: Sequence[str], wraps: Sequenc
     name.width = max(needed(name) - max(excess(), 0), needed(name) // 2)
     for column in others:
         if column.header in wraps:
-            column.min_width = needed(column)
+            column.min_width, column.overflow = needed(column), "fold"
         else:
             column.width = needed(column)
     return left_out

@@ -1,7 +1,8 @@
 """The quantizer of a teacher's output feature (QFD, Zhu et al., AAAI 2023).
 
 Reconstruction: which uniform quantizer the paper uses is not known; this is the learned interval of EWGS with plain
-straight-through rounding and an output scale, as in the public re-implementation, which knows features after a ReLU only.
+straight-through rounding and an output scale, as in the public re-implementation, which knows only features behind a
+ReLU.
 """
 
 from __future__ import annotations

@@ -128,8 +128,7 @@ class Recipe:
         trains = (Group("student"), *self.teacher.groups())
         first, *later = self.schedule.stages()
         after = (
-            stage.phase(rest, terms, trains)
-            for stage in (replace(first, edits=(*self.edits, *first.edits)), *later)
+            stage.phase(rest, terms, trains) for stage in (replace(first, edits=(*self.edits, *first.edits)), *later)
         )
         return (*before, *after)
 
