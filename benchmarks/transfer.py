@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
             milestones=(0.67,),
             warmup_steps=0,
             weight_decay=key["strength"] if key["arm"] in ("float", "l2") else 0.0,
-            evaluate_every=max(round(epochs / 4), 1),
+            evaluate_every=max(round(epochs / 2), 1),
             seed=key["seed"],
             gradient_shares=3,
             tensorboard=False,
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, nargs="+", default=[10, 30, 60])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--source", type=Path, default=Path("runs/source-resnet20-cifar100"))
