@@ -72,7 +72,8 @@ def test_the_student_starts_from_its_teacher(teacher, tmp_path):
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"float", "plain"}))
 def test_every_recipe_trains_from_the_command_line(recipe, teacher, tmp_path):
     bits = ["--weights", 1, "--activations", 1] if recipe == "blockwise" else []
-    assert run(*student_of(teacher, tmp_path / recipe, "--recipe", recipe, "--epochs", "0.5", *bits)) == 0
+    rate = ["--lr", 0.01] if recipe == "dtq" else []  # the paper's; at 0.1 its alignment diverges here
+    assert run(*student_of(teacher, tmp_path / recipe, "--recipe", recipe, "--epochs", "0.5", *bits, *rate)) == 0
     network, _ = load_run(tmp_path / recipe)
     assert torch.isfinite(network(torch.zeros(1, 1, 8, 8))).all()
 
