@@ -63,7 +63,7 @@ def test_binary_methods_have_one_bit(method: str):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lsq"])
 def test_only_lsq_has_a_step_per_channel(method: str):
     with pytest.raises(ValueError, match="granularity 'channel' is there for method lsq"):
-        build(QuantSpec(method, 1, "weight", "channel"), 4, 0)
+        build(QuantSpec(method, METHODS[method].bits[0], "weight", "channel"), 4, 0)
 
 
 def test_codes_decode():
