@@ -24,7 +24,7 @@ from .builder import Builder, array_of, producer
 GRID = "fewbits.grid"
 """Key in a value's ``meta``: the ``Grid`` that its numbers are on."""
 
-_SIGNS = (Sign, XNORActivation, BiRealActivation, ReActActivation)
+SIGNS = (Sign, XNORActivation, BiRealActivation, ReActActivation)
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
@@ -48,6 +48,7 @@ class Cut:
         value: uint8 codes, or for a dynamic grid the float values.
         zero_point: what the exported codes add to the trained ones; None where ``value`` is float.
         shape: of ``value`` without the batch, where the quantizer was moved in front of a view; None: as in PyTorch.
+        is_bit: ``value`` is 0 and 1 where the quantizer gives -1 and +1.
     """
 
     quantizer: str
@@ -55,6 +56,7 @@ class Cut:
     value: ir.Value
     zero_point: int | None
     shape: tuple[int, ...] | None = None
+    is_bit: bool = False
 
 
 def lower(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: int) -> tuple[ir.Value, Cut]:
@@ -64,9 +66,9 @@ def lower(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: 
         The dequantized value, and where to compare.
     """
     if isinstance(quantizer, MinMax):
-        value = _dynamic(builder, x, quantizer)
+        value = dynamic_range(builder, x, quantizer)
         return value, Cut(name, call, value, None)
-    if isinstance(quantizer, _SIGNS):
+    if isinstance(quantizer, SIGNS):
         codes, scale, grid = _signs(builder, x, quantizer)
         cut = Cut(name, call, codes, grid.zero_point)
         return dequantize(builder, codes, builder.constant(scale, np.float32), grid), cut
@@ -162,7 +164,7 @@ def _signs(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Valu
     return codes, 1.0, Grid(1.0, 1, 0, 2)
 
 
-def _dynamic(builder: Builder, x: ir.Value, quantizer: MinMax) -> ir.Value:
+def dynamic_range(builder: Builder, x: ir.Value, quantizer: MinMax) -> ir.Value:
     """DTQ's ranges change with every batch: float operators, step by step as ``MinMax`` computes them."""
     steps = builder.constant(quantizer.num_steps, np.float32)
     zero, one = builder.constant(0.0, np.float32), builder.constant(1.0, np.float32)

@@ -45,7 +45,10 @@ class Builder:
 
     def copy(self, op: str, inputs: tuple[ir.Value | None, ...], attributes: Any) -> ir.Value:
         """Like ``node``, with attributes that were taken from another node."""
-        node = ir.node(op, inputs, attributes)
+        return self.append(ir.node(op, inputs, attributes))
+
+    def append(self, node: ir.Node) -> ir.Value:
+        """Append a node that was made elsewhere, of another domain for example, and return its first output."""
         node.outputs[0].name = self._name()
         self.graph.append(node)
         return node.outputs[0]

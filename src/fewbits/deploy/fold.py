@@ -85,7 +85,7 @@ def lower_convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: 
         conv.replace_input_with(1, weight)
         return Site(layer, weight, _float_grid(grid), conv.outputs[0])
     num_channels = len(grid.unsigned)
-    affine = _behind(conv.outputs[0], np.zeros(num_channels) if bias is None else bias.astype(np.float64))
+    affine = behind(conv.outputs[0], np.zeros(num_channels) if bias is None else bias.astype(np.float64))
     reason = _reason(x, affine.end, care)
     made = _integer(builder, x, grid, affine, conv.attributes, care) if reason == "" else None
     if made is None:
@@ -126,7 +126,7 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str, 
     return Site(layer, weight, reason, product)
 
 
-def _behind(y: ir.Value, bias: Floats) -> _Affine:
+def behind(y: ir.Value, bias: Floats) -> _Affine:
     """Follow a batch norm, and the shift in front of a quantizer, as far as nobody else reads what is between."""
     factor, shift = np.ones_like(bias), bias
     centre = spread = None
