@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
-from .activations import Cut
+from .activations import SIGNS, Cut
 from .builder import Array
 from .graph import INPUT, OUTPUT, Normalisation, normalise
 from .result import CodeRow, ParityError
@@ -70,7 +70,7 @@ def reference(
     student: nn.Module, images: Tensor, normalisation: Normalisation | None, cuts: Sequence[Cut]
 ) -> Reference:
     """Run ``student`` on ``images`` (in 0..1) and keep the codes at every cut."""
-    zero_points = {(c.quantizer, c.call): c.zero_point for c in cuts}
+    places = {(c.quantizer, c.call): c for c in cuts}
     codes: dict[tuple[str, int], Array] = {}
     steps: dict[tuple[str, int], float] = {}
     bits: dict[str, int] = {}
@@ -80,15 +80,17 @@ def reference(
     def record(name: str, module: Quantizer, args: tuple[Any, ...]) -> None:
         key = (name, calls.get(name, 0))
         calls[name] = key[1] + 1
-        if key not in zero_points:
+        if key not in places:
             return
         found = module.encode(args[0])
-        zero_point = zero_points[key]
+        zero_point = places[key].zero_point
         bits[name] = module.bits
         if zero_point is None:
             codes[key], steps[key] = found.decode().numpy(), float(found.scale)
         else:
-            codes[key], steps[key] = (found.integers + zero_point).to(torch.uint8).numpy(), 1.0
+            codes[key] = (found.integers + zero_point).to(torch.uint8).numpy()
+            # From -1 to +1 it is one step, and the codes of signs are 0 and 2.
+            steps[key] = 2.0 if isinstance(module, SIGNS) and not places[key].is_bit else 1.0
 
     for name, module in student.named_modules():
         if isinstance(module, Quantizer):
@@ -197,7 +199,8 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
 def _shaped(expected: Reference, cut: Cut) -> Array:
     """Codes in PyTorch's shape; where the exporter moved a quantizer in front of a view, in the shape there."""
     codes = expected.codes[(cut.quantizer, cut.call)]
-    return codes if cut.shape is None else codes.reshape((len(codes), *cut.shape))
+    # Not by the number of images: the view may be the one that folds windows into the batch.
+    return codes if cut.shape is None else codes.reshape((-1, *cut.shape))
 
 
 def _predictions(logits: Array) -> Array:
@@ -219,7 +222,7 @@ def _cut(model: onnx.ModelProto, expected: Reference, cuts: Sequence[Cut]) -> on
                 node.input[index] = f"{name}.in"
     for name, cut in names.items():
         kind = onnx.TensorProto.FLOAT if cut.zero_point is None else onnx.TensorProto.UINT8
-        shape = ["N", *_shaped(expected, cut).shape[1:]]
+        shape = [f"{name}.N", *_shaped(expected, cut).shape[1:]]
         copy.graph.input.append(onnx.helper.make_tensor_value_info(f"{name}.in", kind, shape))
         copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return copy
