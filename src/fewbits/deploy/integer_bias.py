@@ -60,7 +60,8 @@ class Choice:
     Args:
         factor: of the weight codes, from 1.
         bias: whole, in units that are ``factor`` times smaller than the original ones.
-        stretch: what the scale is multiplied by besides, within 2e-4 of 1.
+        stretch: what the scale is multiplied by besides, within 2e-4 of 1, or far below it where all sums but one are
+            clipped.
     """
 
     factor: Ints
@@ -85,6 +86,10 @@ def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Cho
     """
     chosen = []
     for channel, wanted in enumerate(bias):
+        switch = None if output is None else _switch(wanted, int(largest[channel]), output, output.ratio[channel])
+        if switch is not None:
+            chosen.append(switch)
+            continue
         candidates = np.arange(1, largest[channel] + 1)
         k = np.concatenate([candidates, candidates])
         rounded = np.concatenate([np.floor(candidates * wanted), np.ceil(candidates * wanted)])
@@ -99,6 +104,25 @@ def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Cho
         chosen.append((k[best], rounded[best], stretch))
     factors, whole, stretches = zip(*chosen, strict=True)
     return Choice(np.array(factors, np.int64), np.array(whole).astype(np.int64), np.array(stretches, np.float64))
+
+
+def _switch(bias: float, largest: int, output: OutputGrid, ratio: float) -> tuple[int, int, float] | None:
+    """Factor, bias and stretch of a channel that only tells whether its sum is negative, zero or positive.
+
+    Where a depthwise convolution reads a channel that is always zero, the batch norm has seen no variance and scales by
+    hundreds: every other sum is clipped, zero gives the batch norm's shift, and a whole number of such units cannot say
+    it. Any smaller unit clips them as well; with the code for zero, ``code``, as the unit, the bias is one of it.
+
+    Returns:
+        None where that is not what the channel does, or where ``largest`` units of ``code`` are not enough to clip.
+    """
+    exact = ratio * bias
+    code = min(max(round(exact), output.lowest), output.highest)
+    reach = largest * abs(code)
+    for zero, step in ((exact, ratio), (code, reach)):
+        if code == 0 or zero + step < output.highest or zero - step > output.lowest:
+            return None
+    return largest, 1 if code > 0 else -1, reach / ratio
 
 
 def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats, Floats]:

@@ -1,0 +1,51 @@
+"""Channels behind inputs that are always zero: their batch norm scales by hundreds, and zero has to give its shift."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fewbits.deploy import graph, onnx, parity
+from fewbits.deploy.integer_bias import OutputGrid, choose
+
+from .networks import Plain, images, student
+
+
+def code(value: float, lowest: int, highest: int) -> int:
+    return min(max(round(value), lowest), highest)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(0, 15), (0, 3), (-8, 7), (0, 14)])
+def test_a_channel_that_is_clipped_but_at_zero(lowest: int, highest: int):
+    generator = np.random.default_rng(0)
+    ratio = generator.uniform(3.0, 5000.0, 300)
+    exact = generator.uniform(lowest - 3, highest + 3, 300)  # what the sum 0 gives, in steps
+    bias = exact / ratio
+    largest = np.full(300, 18)
+    chosen = choose(bias, largest, OutputGrid(ratio, lowest, highest))
+    found_one = 0
+    for c in range(300):
+        if ratio[c] <= 2 * (highest - lowest) or (18 + 1) * abs(code(exact[c], lowest, highest)) < highest - lowest:
+            continue  # not clipped, or not enough room
+        for total in (-700, -3, -2, -1, 0, 1, 2, 3, 700):
+            wanted = code(ratio[c] * (total + bias[c]), lowest, highest)
+            unit = ratio[c] / chosen.factor[c] * chosen.stretch[c]
+            assert code(unit * (chosen.factor[c] * total + chosen.bias[c]), lowest, highest) == wanted
+        found_one += 1
+    assert found_one > 150
+
+
+def test_channels_that_are_always_zero():
+    body = [nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, padding=1, bias=False)]
+    model = student(Plain(*body, nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 1)), 4, 4)
+    with torch.no_grad():
+        model.body[1].bias[:3] = -100.0
+        model.body[4].running_mean[:3] = 0.0
+        model.body[4].running_var[:3] = 1e-12
+        model.body[4].weight[:3] = torch.tensor([6.0, -9.0, 2.0])
+        step = float(model.body[6].input_quantizer.encode(torch.zeros(())).scale)
+        model.body[4].bias[:3] = step * torch.tensor([3.3, 12.0, 5.6])
+    x = images(16)
+    built = onnx.build(graph.trace(model, x, None), model, {})
+    rows = parity.compare(built.proto, parity.reference(model, x, None, built.cuts), x, built.cuts).codes
+    assert next(row for row in rows if row.name == "body.6.input_quantizer").equal >= 0.999
