@@ -1,4 +1,4 @@
-"""Channels behind inputs that are always zero: their batch norm scales by hundreds, and zero has to give its shift."""
+"""Channels behind inputs that never change: their batch norm scales by hundreds, and one sum has to give its shift."""
 
 import numpy as np
 import pytest
@@ -16,18 +16,19 @@ def code(value: float, lowest: int, highest: int) -> int:
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(0, 15), (0, 3), (-8, 7), (0, 14)])
-def test_a_channel_that_is_clipped_but_at_zero(lowest: int, highest: int):
+def test_a_channel_that_is_clipped_but_at_one_sum(lowest: int, highest: int):
     generator = np.random.default_rng(0)
     ratio = generator.uniform(3.0, 5000.0, 300)
-    exact = generator.uniform(lowest - 3, highest + 3, 300)  # what the sum 0 gives, in steps
-    bias = exact / ratio
+    exact = generator.uniform(lowest - 3, highest + 3, 300)  # what the sum ``middle`` gives, in steps
+    middle = generator.integers(-30, 30, 300)
+    bias = exact / ratio - middle
     largest = np.full(300, 18)
     chosen = choose(bias, largest, OutputGrid(ratio, lowest, highest))
     found_one = 0
     for c in range(300):
         if ratio[c] <= 2 * (highest - lowest) or (18 + 1) * abs(code(exact[c], lowest, highest)) < highest - lowest:
             continue  # not clipped, or not enough room
-        for total in (-700, -3, -2, -1, 0, 1, 2, 3, 700):
+        for total in middle[c] + np.array([-700, -3, -2, -1, 0, 1, 2, 3, 700]):
             wanted = code(ratio[c] * (total + bias[c]), lowest, highest)
             unit = ratio[c] / chosen.factor[c] * chosen.stretch[c]
             assert code(unit * (chosen.factor[c] * total + chosen.bias[c]), lowest, highest) == wanted
@@ -49,3 +50,18 @@ def test_channels_that_are_always_zero():
     built = onnx.build(graph.trace(model, x, None), model, {})
     rows = parity.compare(built.proto, parity.reference(model, x, None, built.cuts), x, built.cuts).codes
     assert next(row for row in rows if row.name == "body.6.input_quantizer").equal >= 0.999
+
+
+def test_a_channel_without_a_weight():
+    model = student(Plain(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), 4, 8)
+    with torch.no_grad():
+        model.body[0].weight[:3] = 0.0
+        model.body[1].running_mean[:3] = 0.0
+        model.body[1].running_var[:3] = 0.0
+        model.body[1].weight[:3] = 20.0
+        step = float(model.body[2].input_quantizer.encode(torch.zeros(())).scale)
+        model.body[1].bias[:3] = step * torch.tensor([1.3, -1.7, 2.4])
+    x = images(16)
+    built = onnx.build(graph.trace(model, x, None), model, {})
+    rows = parity.compare(built.proto, parity.reference(model, x, None, built.cuts), x, built.cuts).codes
+    assert next(row for row in rows if row.name == "body.2.input_quantizer").equal >= 0.999

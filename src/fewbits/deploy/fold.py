@@ -16,6 +16,7 @@ from .activations import GRID, Grid
 from .builder import Builder, array_of, only_reader, producer, replace
 from .inputs import in_float, lifted, repeated
 from .integer_bias import OutputGrid
+from .movement import MOVES
 from .weights import Floats, WeightGrid, decoded, unpacked
 
 Attributes = Mapping[str, Any]
@@ -32,6 +33,9 @@ STEM_CHANNELS, STEM_COPIES = 4, 8
 What it rounds otherwise than PyTorch (6 in 10,000 codes with one copy, 0.7 with eight) grows from layer to layer: a
 2-bit ResNet-20 predicted another class for 4.5 % of the images with one copy and for 0.25 % with eight.
 """
+
+
+_HAND_ON = {*MOVES, "Relu", "Clip"}
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str, 
         made = _integer(builder, x, grid, _Affine(np.ones_like(shift), shift, node.outputs[0]), None, care)
         reason = "" if made else "the bias does not fit into int32 beside such small scales"
     if reason:
-        weight = decoded(builder, grid)
-        product = builder.node("MatMul", in_float(builder, x), builder.node("Transpose", weight, perm=[1, 0]))
+        weight = builder.node("Transpose", decoded(builder, grid), perm=[1, 0])
+        product = builder.node("MatMul", in_float(builder, x), weight)
     elif made is not None:
         product, weight = made
         bias = None
@@ -154,8 +158,20 @@ def _reason(x: ir.Value, end: ir.Value | None, care: Care) -> str:
     if care is Care.FLOAT:
         return "an int32 bias is too coarse for its codes to be the trained ones"
     if end is not None and only_reader(end, "QuantizeLinear") is None:
-        return "its output is not quantized by one quantizer alone (residual=8 quantizes what enters additions)"
+        readers = _readers(end)
+        # What a norm reads no quantizer is trained for, whatever the plan says.
+        way_out = " (residual=8 quantizes what enters additions)" if {"Add", "Concat"} & set(readers) else ""
+        return f"its output is read by {' and '.join(readers)}, not by one quantizer alone{way_out}"
     return ""
+
+
+def _readers(value: ir.Value) -> list[str]:
+    """The operators that read ``value``, behind what only hands it on."""
+    found = set() if value.uses() else {"the output"}
+    for use in value.uses():
+        node = use.node
+        found |= set(_readers(node.outputs[0])) if node.op_type in _HAND_ON else {node.op_type}
+    return sorted(found)
 
 
 def _float_grid(grid: WeightGrid) -> str:
@@ -176,8 +192,9 @@ def _integer(
     input_grid: Grid = x.meta[GRID]
     largest_input = max(input_grid.highest - min(input_grid.lowest, input_grid.zero_point), 1)
     scale = np.broadcast_to(grid.scale, affine.factor.shape) * np.abs(affine.factor)
-    # A channel whose factor is zero is constant: no weights, and a scale that makes the bias exact enough.
+    # A channel whose factor or codes are zero is constant: no weights, and a scale that makes the bias exact enough.
     silent = scale < np.finfo(np.float32).tiny / np.float32(1e-6)
+    silent |= ~grid.integers.reshape(len(grid.integers), -1).any(1)
     scale = np.where(silent, np.maximum(np.abs(affine.shift), 1e-6) / input_grid.scale / 2**20, scale)
     bias = affine.shift / (scale * input_grid.scale)
     if np.abs(bias).max() >= integer_bias.LARGEST_BIAS:

@@ -107,22 +107,24 @@ def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Cho
 
 
 def _switch(bias: float, largest: int, output: OutputGrid, ratio: float) -> tuple[int, int, float] | None:
-    """Factor, bias and stretch of a channel that only tells whether its sum is negative, zero or positive.
+    """Factor, bias and stretch of a channel that only tells whether its sum is below, at or above ``middle``.
 
-    Where a depthwise convolution reads a channel that is always zero, the batch norm has seen no variance and scales by
-    hundreds: every other sum is clipped, zero gives the batch norm's shift, and a whole number of such units cannot say
-    it. Any smaller unit clips them as well; with the code for zero, ``code``, as the unit, the bias is one of it.
+    Where a depthwise convolution reads a channel that is always the same (zero, mostly), the batch norm has seen no
+    variance and scales by hundreds: every other sum is clipped, and what this one gives is a fraction of a unit, which
+    no whole bias can say. Any smaller unit clips the others as well, and with the code of ``middle`` as the unit its
+    value is one unit.
 
     Returns:
-        None where that is not what the channel does, or where ``largest`` units of ``code`` are not enough to clip.
+        None where that is not what the channel does, or where ``largest`` units are not enough to clip.
     """
-    exact = ratio * bias
+    middle = round(-bias)
+    exact = ratio * (bias + middle)
     code = min(max(round(exact), output.lowest), output.highest)
     reach = largest * abs(code)
-    for zero, step in ((exact, ratio), (code, reach)):
-        if code == 0 or zero + step < output.highest or zero - step > output.lowest:
+    for value, step in ((exact, ratio), (code, reach)):
+        if code == 0 or value + step < output.highest or value - step > output.lowest:
             return None
-    return largest, 1 if code > 0 else -1, reach / ratio
+    return largest, (1 if code > 0 else -1) - largest * middle, reach / ratio
 
 
 def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats, Floats]:

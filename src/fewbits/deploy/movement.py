@@ -13,7 +13,7 @@ import onnx_ir as ir
 from .activations import GRID, Grid, dequantize
 from .builder import Builder, array_of, producer, replace
 
-_MOVES = ("Slice", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Gather", "Expand")
+MOVES = ("Slice", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Gather", "Expand")
 
 
 def push_dequantize(builder: Builder) -> None:
@@ -78,6 +78,6 @@ def _on_codes(
                 return codes[0], grid
             clipped = builder.node("Clip", codes[0], builder.constant(zero, np.uint8))
             return clipped, Grid(grid.scale, zero, zero, max(grid.highest, zero))
-        case op if op in _MOVES:
+        case op if op in MOVES:
             return builder.copy(op, (codes[0], *node.inputs[1:]), node.attributes), grid
     return None, grid
