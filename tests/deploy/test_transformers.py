@@ -72,6 +72,10 @@ def test_every_linear_layer_runs_on_integers(make: Callable[[], nn.Module], resi
     for name in linear:
         assert by_name[name].kernel in {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm"}, by_name[name]
         assert by_name[name].reason == ""
+    if make is swin:
+        patches = by_name["patch_embed.proj"]
+        assert patches.kernel == "Conv"
+        assert patches.reason == "its output is read by LayerNormalization, not by one quantizer alone"
     # Another batch size than the one that was traced, and the same predictions.
     more = torch.rand(5, 3, 32, 32)
     session = onnxruntime.InferenceSession(found.path)
@@ -81,3 +85,9 @@ def test_every_linear_layer_runs_on_integers(make: Callable[[], nn.Module], resi
             wanted = model(x).numpy()
         assert (got.argmax(1) == wanted.argmax(1)).all()
         assert np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
+
+
+def test_a_layer_that_is_not_fused_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fewbits.deploy.sessions.kernels", lambda model: ({}, None))
+    model, images = student(vit(), 4, 4)
+    assert all("does not fuse it" in row.reason for row in ship(model, images, tmp_path).layers)

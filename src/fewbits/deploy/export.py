@@ -18,7 +18,7 @@ from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
 from ..quantizers import Quantizer
 from .result import Exported, LayerRow
-from .sessions import missing
+from .sessions import INTEGER_KERNELS, missing
 
 if TYPE_CHECKING:
     from . import fold, onnx, parity
@@ -206,6 +206,8 @@ def _layers(network: nn.Module, built: onnx.Built, readers: dict[str, str]) -> t
         assert isinstance(layer, QuantLayer)
         kernel = readers.get(str(site.weight.name)) or readers.get(str(site.result.name), "float")
         reason = DYNAMIC if f"{site.layer}.input_quantizer" in dynamic else site.reason
+        if not reason and kernel not in INTEGER_KERNELS:
+            reason = "ONNX Runtime does not fuse it, though its weights, input and output would allow it"
         rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason))
     return tuple(rows)
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 _ERRORS_ONLY = 3
 
+INTEGER_KERNELS = frozenset({"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat"})
+"""What a quantized layer becomes if it is multiplied in integers; anything else runs in float."""
+
 
 def missing(error: ImportError) -> ImportError:
     """The error that says which extra to install."""
