@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from .checks import check_network
 from .layers import QUANTIZED
 from .names import unknown_name
 from .quantizers import METHODS, Quantizer, QuantSpec, build, check_bits
@@ -140,6 +141,7 @@ def quantize(
         plan: everything above in one value; the other arguments are then not read.
 
     Raises:
+        TypeError: ``model`` is no network.
         ValueError: nothing to quantize, a pattern without a match, bits out of range, a forward that cannot be traced
             while ``residual`` is set, or a model that is quantized already.
 
@@ -148,6 +150,7 @@ def quantize(
     >>> student[2].weight_quantizer
     LSQWeight(lsq, 2 bits, tensor)
     """
+    check_network("model", model)
     plan = plan or Plan.of(
         weights,
         activations,

@@ -263,8 +263,8 @@ def test_bad_options():
         ({"routing": "none"}, "routing must be one of through, detached, teacher_input, got 'none'"),
         ({"stages": "three"}, "stages must be one of two, one, blocks_first, got 'three'"),
         ({"distance": "l1"}, "distance must be one of squared, normalised, attention"),
-        ({"beta": -1.0}, "beta must not be negative"),
-        ({"share": 1.0}, "share must lie between 0 and 1"),
+        ({"beta": -1.0}, "beta must be a number of 0 or more, got -1.0; 0 leaves"),
+        ({"share": 1.0}, "share must be a number between 0 and 1, got 1.0; it is the first stage"),
         ({"beta": 0.0, "routing": "detached"}, "beta=0 leaves no block losses"),
         ({"beta": 0.0, "stages": "blocks_first"}, "beta=0 leaves no block losses"),
     ):

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import math
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from fewbits.anatomy import Anatomy
 from fewbits.convert import quantize
-from fewbits.distill import Group, Objective
+from fewbits.distill import CrossEntropy, Group, Objective, Phase
 from fewbits.models.resnet_cifar import BasicBlock
 from fewbits.recipes import QFD, RECIPES, Features, Float, Logits, NoTeacher, Plain, Recipe, make
 from fewbits.training.folder import as_data
@@ -226,6 +228,94 @@ def test_names_and_options():
         make("qfd", {"lambda": 1})
     assert make("logits", {"temperature": 2.0}) == Logits(temperature=2.0)
     assert make("float") == Float()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("qfd", {"weight": -1}, "weight must be a number of 0 or more, got -1"),
+        ("qfd", {"weight": "abc"}, "weight must be a number of 0 or more, got 'abc' (str)"),
+        ("qfd", {"weight": None}, "weight must be a number of 0 or more, got None"),
+        ("qfd", {"teacher_lr": -1}, "teacher_lr must be a number of 0 or more, got -1"),
+        ("qfd", {"pooled": "maybe"}, "pooled must be true or false, got 'maybe' (str)"),
+        ("qfd", {"reduction": "avg"}, "reduction must be one of mean, sum, got 'avg'"),
+        ("qfd", {"bits": 4.5}, "bits must be a whole number from 1 to 8 or 32 or None, got 4.5 (float)"),
+        ("logits", {"weight": math.nan}, "weight must be a number of 0 or more, got nan"),
+        ("logits", {"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ("plain", {"label_smoothing": 2}, "label_smoothing must be a number from 0 to 1, got 2"),
+        ("float", {"label_smoothing": -0.1}, "label_smoothing must be a number from 0 to 1, got -0.1"),
+        ("ftl", {"stages": 99}, "stages must be text or a list, each text or None, got 99 (int)"),
+        ("ftl", {"channel_dim": 2}, "channel_dim must be one of 1, -1, got 2"),
+        ("progressive", {"bits": 3}, "bits must be a list, each a whole number from 1 to 8, got 3 (int); they fall"),
+        ("dtq", {"taps": 3}, "taps must be text or a list, each text or None, got 3 (int)"),
+        ("delta", {"measure": 1}, "measure must be true or false, got 1 (int)"),
+        ("l2-sp", {"head_decay": -1}, "head_decay must be a number of 0 or more, got -1"),
+        ("joint", {"stages": 0}, "stages must be a whole number of 1 or more, got 0"),
+        ("joint", {"form": "all"}, "form must be one of mean_squared, norm, printed, got 'all'"),
+        ("blockwise", {"branch": "x"}, "branch must be one of bottleneck, squeeze, grouped or None, got 'x'"),
+        ("stochastic", {"separate": 0}, "separate must be true or false, got 0 (int)"),
+        ("ftl+stochastic", {"stochastic.delta": 2}, "stochastic.delta must be a number above 0 and at most 1, got 2"),
+        ("mine", {"power": "x"}, "power must be a whole number, got 'x' (str)"),
+    ],
+)
+def test_options_are_checked_when_the_recipe_is_made(
+    name: str, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Found: wrong options were accepted, or failed behind the teacher's phase."""
+
+    def mine(power: int = 1) -> Recipe:
+        return Recipe("mine")
+
+    monkeypatch.setitem(RECIPES, "mine", mine)
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(said)}"):
+        make(name, options)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: QFD(weight="x"),  # type: ignore[arg-type]
+        lambda: QFD(teacher_lr=-1),
+        lambda: Logits(temperature=0),
+        lambda: Plain(label_smoothing=2),
+        lambda: Plain(math.nan),
+        lambda: CrossEntropy(-1.0),
+        lambda: CrossEntropy(teaches="pupil"),  # type: ignore[arg-type]
+        lambda: Group("student", lr=-1),
+        lambda: Phase("x", 0.0, (CrossEntropy(),)),
+        lambda: Phase("x", 1.0, CrossEntropy()),  # type: ignore[arg-type]
+        lambda: QFD().with_options(teacher=QFD()),
+        lambda: QFD().with_options(terms=("cross_entropy",)),
+    ],
+)
+def test_nothing_wrong_is_made_from_python(call: Any):
+    with pytest.raises((TypeError, ValueError), match="must be"):
+        call()
+
+
+def test_what_is_no_recipe_does_not_add_up():
+    for other in (3, "ftl", QFD):
+        with pytest.raises(TypeError, match=r"other must be a Recipe, got .*; for example FTL\(\) \+ Joint\(\)"):
+            QFD() + other
+
+
+def test_one_name_is_a_list_of_one():
+    """Found: DTQ's taps="layer1" became a tap for each letter."""
+    assert make("dtq", {"taps": "layer1"}) == make("dtq", {"taps": ["layer1"]})
+    assert make("delta", {"taps": "layer1"}) == make("delta", {"taps": ["layer1"]})
+
+
+def test_what_an_objective_refuses():
+    teacher = network()
+    made = Logits().objective(quantize(teacher), teacher, batches=[batch()])
+    with pytest.raises(ValueError, match="lr must be a number of 0 or more, got -1"):
+        made.param_groups(lr=-1)
+    with pytest.raises(ValueError, match=r"progress must be a number from 0 to 1, got 2\.0"):
+        made.set_progress(2.0, 5)
+    with pytest.raises(TypeError, match=r"labels must be int64.*got torch\.float32; convert them"):
+        made(batch()[0], batch()[1].float())
+    with pytest.raises(TypeError, match="student must be a network"):
+        Plain().objective("resnet20", batches=[batch()])  # type: ignore[arg-type]
 
 
 def test_one_anatomy_for_both_networks():

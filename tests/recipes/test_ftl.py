@@ -365,7 +365,7 @@ def test_names_and_composition():
 
 def test_bad_words_and_networks():
     for option in ("side", "axes", "distance", "taps"):
-        with pytest.raises(ValueError, match=f"{option} must be '.*, got 'other'"):
+        with pytest.raises(ValueError, match=f"{option} must be one of .*, got 'other'"):
             FTL(**{option: "other"})
     with pytest.raises(ValueError, match="has no module 'layer9'"):
         objective(FTL(stages=["layer9"]))

@@ -123,8 +123,8 @@ def test_composition_keeps_terms_and_teacher():
     [
         (lambda: Progressive((4, 8)), "bits must fall"),
         (lambda: Progressive((8, 8)), "bits must fall"),
-        (lambda: Progressive((16, 8)), "between 1 and 8"),
-        (lambda: TwoStage(share=0.0), "share must lie"),
+        (lambda: Progressive((16, 8)), "bits must be a list, each a whole number from 1 to 8, got .16, 8.; they fall"),
+        (lambda: TwoStage(share=0.0), "share must be a number between 0 and 1, got 0.0; it is"),
         (lambda: TwoStage(nesting="both"), "nesting must be one of stages, precisions"),  # type: ignore[arg-type]
         (lambda: TwoStage(start="zero"), "start must be one of latent, quantized"),  # type: ignore[arg-type]
         (lambda: Progressive() + Progressive((8,)), "both bring their own schedule"),

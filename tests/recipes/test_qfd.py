@@ -282,17 +282,17 @@ def test_32_bits_are_the_features_recipe():
 
 @pytest.mark.parametrize("bits", [0, 9, 16])
 def test_bits_out_of_range(bits: int):
-    with pytest.raises(ValueError, match=f"bits must be between 1 and 8, got {bits}"):
+    with pytest.raises(ValueError, match=f"bits must be a whole number from 1 to 8 or 32 or None, got {bits}"):
         QFD(bits=bits)
 
 
 def test_other_bad_arguments():
     for share in (0.0, 1.0, -0.5):
-        with pytest.raises(ValueError, match=f"share must lie between 0 and 1, got {share}"):
+        with pytest.raises(ValueError, match=f"share must be a number between 0 and 1, got {share}; it is the teacher"):
             QFD(share=share)
     with pytest.raises(TypeError, match="bits must be a whole number"):
         QFD(bits="four")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'max'"):
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, got 'max'"):
         begun(phase=1, reduction="max")
 
 

@@ -120,10 +120,10 @@ def test_with_other_recipes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"delta": 0.0}, "delta must lie"),
-        ({"delta": 1.5}, "delta must lie"),
-        ({"until": 0.0}, "until must lie"),
-        ({"fragment": "filter"}, "fragment must be 'block' or 'layer'"),
+        ({"delta": 0.0}, "delta must be a number above 0 and at most 1, got .*; the paper starts at 0.5"),
+        ({"delta": 1.5}, "delta must be a number above 0 and at most 1, got .*; the paper starts at 0.5"),
+        ({"until": 0.0}, "until must be a number above 0 and at most 1, got"),
+        ({"fragment": "filter"}, "fragment must be one of block, layer, got 'filter'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
+from ..checks import Checked, NonNegative, Part
 from ..precision import Fixed, PrecisionSchedule
 
 FULLY_QUANTIZED = Fixed()
@@ -110,7 +111,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Checked):
     """One summand of the loss. Frozen data; a subclass adds its settings and its formula.
 
     Args:
@@ -118,7 +119,7 @@ class Term:
         teaches: the network that its gradient reaches; the other one is a constant to it.
     """
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     teaches: NetworkName = "student"
 
     name: ClassVar[str]
@@ -147,7 +148,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Edit:
+class Edit(Checked):
     """A change of structure that a phase makes before it starts. Resume and export replay it."""
 
     reshapes: ClassVar[NetworkName | None] = None
@@ -162,7 +163,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Checked):
     """Who is trained in a phase, and how fast.
 
     Args:
@@ -172,12 +173,12 @@ class Group:
     """
 
     network: NetworkName = "student"
-    lr: float = 1.0
-    quantizer_lr: float = 1.0
+    lr: NonNegative = 1.0
+    quantizer_lr: NonNegative = 1.0
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Checked):
     """A stretch of training under one objective. Data without modules: compares and saves.
 
     Args:
@@ -191,7 +192,7 @@ class Phase:
     """
 
     name: str
-    share: float
+    share: Part
     terms: tuple[Term, ...]
     edits: tuple[Edit, ...] = ()
     trains: tuple[Group, ...] = (Group(),)

@@ -16,8 +16,11 @@ def cross_entropy(logits_NC: Tensor, labels_N: Tensor, label_smoothing: float = 
         label_smoothing: 0 to 1.
 
     Raises:
+        TypeError: labels that are no whole numbers.
         ValueError: a label outside 0 .. C - 1 (not checked in a compiled graph, where it would wait for the device).
     """
+    if labels_N.ndim == 1 and labels_N.is_floating_point():
+        raise TypeError(f"labels must be int64, 0 to C - 1, got {labels_N.dtype}; convert them with labels.long()")
     if not torch.compiler.is_compiling() and labels_N.device.type == "cpu" and labels_N.numel():
         least, most = int(labels_N.min()), int(labels_N.max())
         if least < 0 or most >= logits_NC.shape[1]:

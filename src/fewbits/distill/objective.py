@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..checks import NonNegative, UnitInterval, checked
 from ..precision import Precision, draw_precision, fragments_of, set_precision
 from ..quantizers import Quantizer
 from .base import Group, NetworkName, Networks, Phase, Step, Tap, Term
@@ -110,6 +111,12 @@ class Objective(nn.Module):
                         logits["teacher"] = teacher(images)
             if "student" in self._runs:
                 logits["student"] = self.networks.student(images)
+        for name, given in logits.items():
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"the {name} must return its logits, a tensor N x C, got {type(given).__name__}; wrap it in a "
+                    "module that returns them alone"
+                )
         step = Step(targets, logits, self._hooks.collect())
         return {name: self._value(name, term, step) for name, term in self._names.items()}, logits
 
@@ -118,8 +125,9 @@ class Objective(nn.Module):
         helper = self.networks.helpers[name] if name in self.networks.helpers else None  # noqa: SIM401
         return term(step.seen_by(term.teaches), self._taps[name], helper)
 
+    @checked
     def param_groups(
-        self, lr: float, weight_decay: float = 0.0, helper_lr: float | None = None
+        self, lr: NonNegative, weight_decay: NonNegative = 0.0, helper_lr: NonNegative | None = None
     ) -> list[dict[str, Any]]:
         """Parameters for an optimizer, helpers included, each once.
 
@@ -150,7 +158,8 @@ class Objective(nn.Module):
         )
         return [group for group in groups if group["params"]]
 
-    def set_progress(self, progress: float, step: int) -> None:
+    @checked
+    def set_progress(self, progress: UnitInterval, step: int) -> None:
         """Move the schedules: ``progress`` from 0 to 1 through this phase, ``step`` counts the run's steps."""
         precision = self.phase.precision.at(progress)
         student = self.networks.student

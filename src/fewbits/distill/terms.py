@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import before_pooling
+from ..checks import Positive, UnitInterval
 from ..convert import FLOAT_BITS, plan_of
 from ..quantizers import METHODS, QuantSpec, build
 from .base import NetworkName, Networks, Step, Tap, Term
@@ -86,7 +87,7 @@ def teacher_grids(networks: Networks, taps: Sequence[Tap]) -> nn.ModuleList:
 class CrossEntropy(Term):
     """Cross-entropy with the true labels."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: UnitInterval = 0.0
 
     name: ClassVar[str] = "cross_entropy"
 
@@ -103,7 +104,7 @@ class CrossEntropy(Term):
 class LogitDistance(Term):
     """KL from the other network's softened probabilities (Hinton et al., arXiv 1503.02531)."""
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     name: ClassVar[str] = "logits"
 

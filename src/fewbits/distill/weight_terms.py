@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import NonNegative
 from .base import Networks, Step, Tap, Term
 
 
@@ -35,7 +36,7 @@ class HeadDecay(Term):
     nothing but the new classifier.
     """
 
-    weight: float = 1e-4
+    weight: NonNegative = 1e-4
 
     name: ClassVar[str] = "head_decay"
     sets_weight_decay: ClassVar[bool] = True
@@ -58,7 +59,7 @@ class SourceDistance(Term):
     Latent weights, biases and batch norms of the student are compared with the teacher's of the same name.
     """
 
-    weight: float = 0.01
+    weight: NonNegative = 0.01
 
     name: ClassVar[str] = "source_distance"
     sets_weight_decay: ClassVar[bool] = True

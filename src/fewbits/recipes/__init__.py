@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..checks import check_arguments
 from ..names import unknown_name
 from .base import Frozen, NoTeacher, OneStage, Recipe, Schedule, Stage, TeacherPolicy
 from .blockwise import BinaryBlocks, BlockWise
@@ -47,7 +48,9 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
         options: of the recipe's function; of several recipes, ``"ftl.weight"`` says whose.
 
     Raises:
-        ValueError: the name or an option is unknown; the choices are listed. Or two recipes do not combine.
+        TypeError: an option of another type than its annotation says, be the recipe listed here or a user's own.
+        ValueError: the name or an option is unknown, or a value out of range; what is allowed is listed. Or two recipes
+            do not combine.
     """
     parts = name.split("+")
     for part in parts:
@@ -62,6 +65,8 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
         if own not in known:
             raise ValueError(f"recipe {part!r} has no option {own!r}; it takes {', '.join(known) or 'none'}")
         chosen[part][own] = value
+    for part, given in chosen.items():
+        check_arguments(RECIPES[part], given, f"{part}." if len(parts) > 1 else "")
     return functools.reduce(operator.add, (RECIPES[part](**given) for part, given in chosen.items()))
 
 

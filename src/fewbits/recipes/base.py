@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..calibration import calibrate
+from ..checks import Checked, Part, check_network, checked
 from ..convert import quantizers_of
 from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
 from ..distill.base import FULLY_QUANTIZED, NetworkName, Routing
@@ -22,7 +23,7 @@ EXAMPLES = 2
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Checked):
     """A stretch of the student's training, as a schedule cuts it.
 
     Args:
@@ -35,7 +36,7 @@ class Stage:
     """
 
     name: str = "student"
-    share: float = 1.0
+    share: Part = 1.0
     edits: tuple[Edit, ...] = ()
     precision: PrecisionSchedule = FULLY_QUANTIZED
     routing: Routing = "through"
@@ -48,7 +49,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Checked):
     """How the student's precision moves from the first step to the last."""
 
     def stages(self) -> tuple[Stage, ...]:
@@ -70,7 +71,7 @@ class OneStage(Schedule):
 
 
 @dataclass(frozen=True)
-class TeacherPolicy:
+class TeacherPolicy(Checked):
     """What happens to the teacher, before the student's phases and along with them."""
 
     needs_teacher: ClassVar[bool] = True
@@ -101,7 +102,7 @@ class Frozen(TeacherPolicy):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """How a student is taught. Frozen data: prints, compares, is saved with a run.
 
     Args:
@@ -132,12 +133,14 @@ class Recipe:
         )
         return (*before, *after)
 
-    def __add__(self, other: Recipe) -> Recipe:
+    @checked
+    def __add__(self, other: Annotated[Recipe, "for example FTL() + Joint()"]) -> Recipe:
         """Both at once: this recipe's terms, then the other's; the schedule and the teacher of the one that has any.
 
         The labels count once, with this recipe's weight.
 
         Raises:
+            TypeError: the other one is no recipe.
             ValueError: both bring a schedule, or both do something else with the teacher.
 
         >>> from fewbits.recipes import Logits, Stochastic
@@ -237,6 +240,9 @@ class Recipe:
         example: Tensor,
         anatomy: Anatomy | Mapping[NetworkName, Anatomy] | None,
     ) -> Networks:
+        check_network("student", student)
+        if teacher is not None:
+            check_network("teacher", teacher)
         is_quantized = any(True for _ in quantizers_of(student))
         if self.quantized and not is_quantized:
             raise ValueError(
@@ -268,6 +274,11 @@ class Recipe:
     def with_options(self, **options: Any) -> Recipe:
         """The same recipe with other fields."""
         return replace(self, **options)
+
+
+def names_of(modules: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Qualified names as an option gives them: one, several or none."""
+    return (modules,) if isinstance(modules, str) else tuple(modules or ())
 
 
 def _one_of(part: str, one: Recipe, two: Recipe, plain: tuple[Any, ...]) -> Any:

@@ -8,12 +8,13 @@ Reconstruction: the branch's layers, the formula and the gradient routing of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Activation, Branch, rewrite
+from ..checks import Inside, NonNegative, PositiveInt, checked
 from ..distill import CrossEntropy, Edit, Networks, Step, Tap, Term
 from ..distill.base import NetworkName, Routing
 from ..distill.feature_losses import normalised_squared_error, squared_attention_distance, squared_error
@@ -23,6 +24,7 @@ from .base import Frozen, NoTeacher, OneStage, Recipe, Schedule, Stage
 
 Distance = Literal["squared", "normalised", "attention"]
 Stages = Literal["two", "one", "blocks_first"]
+FirstShare = Annotated[Inside, "it is the first stage's part of the budget"]
 ACTIVATIONS_ONLY = Fixed(Precision(weights=False))
 
 
@@ -38,7 +40,7 @@ class BinaryBlocks(Edit):
 
     branch: Branch | None = "bottleneck"
     activation: Activation | None = None
-    reduction: int | None = None
+    reduction: PositiveInt | None = None
 
     reshapes: ClassVar[NetworkName | None] = "student"
 
@@ -103,7 +105,7 @@ class BlockStages(Schedule):
 
     kind: Stages = "two"
     routing: Routing = "through"
-    share: float = 0.5
+    share: FirstShare = 0.5
 
     def stages(self) -> tuple[Stage, ...]:
         """One or two."""
@@ -118,15 +120,16 @@ class BlockStages(Schedule):
         )
 
 
+@checked
 def BlockWise(
-    beta: float = 1.0,
+    beta: Annotated[NonNegative, "0 leaves the block losses out"] = 1.0,
     branch: Branch | None = "bottleneck",
     routing: Routing = "through",
     distance: Distance = "squared",
     stages: Stages = "two",
     activation: Activation | None = None,
-    reduction: int | None = None,
-    share: float = 0.5,
+    reduction: PositiveInt | None = None,
+    share: FirstShare = 0.5,
 ) -> Recipe:
     """DGRL: CE + beta * sum over blocks of ||F_teacher - F_student||^2 / numel, a float branch in each binary block.
 
@@ -151,19 +154,8 @@ def BlockWise(
         share: of the budget that the first of two stages takes.
 
     Raises:
-        ValueError: an argument out of range, or a routing without block losses.
+        TypeError, ValueError: an argument of another type or out of range, or a routing without block losses.
     """
-    for name, value, kind in (
-        ("routing", routing, Routing),
-        ("distance", distance, Distance),
-        ("stages", stages, Stages),
-    ):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-    if not beta >= 0:
-        raise ValueError(f"beta must not be negative, got {beta}; 0 leaves the block losses out")
-    if not 0 < share < 1:
-        raise ValueError(f"share must lie between 0 and 1, got {share}; it is the first stage's part of the budget")
     if beta == 0 and (routing != "through" or stages == "blocks_first"):
         raise ValueError(
             "beta=0 leaves no block losses, which this routing or these stages live on; use routing='through' and "

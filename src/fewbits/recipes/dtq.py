@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
+from ..checks import NonNegative, Positive, checked
 from ..distill import CrossEntropy, Networks, Step, Tap, Term
 from ..distill.attentive import AttentiveTransfer, attended_distance
 from ..distill.base import NetworkName
@@ -24,7 +25,7 @@ from ..distill.taps import Taps
 from ..distill.terms import same_shape
 from ..distill.weight_terms import HeadDecay
 from ..streams import OUTPUT_STREAM
-from .base import Frozen, Recipe
+from .base import Frozen, Recipe, names_of
 
 NUM_TAPS = 4
 
@@ -134,7 +135,7 @@ class AttentiveAlignment(Term):
         attention: False weights all channels alike: "DTQ w/o ATT".
     """
 
-    weight: float = 0.01
+    weight: NonNegative = 0.01
     modules: tuple[str, ...] | None = None
     attention: bool = True
 
@@ -172,8 +173,8 @@ class SourceClasses(Term):
     The classifier is a frozen, full-precision copy of the teacher's: no optimizer sees it.
     """
 
-    weight: float = 0.5
-    temperature: float = 30.0
+    weight: NonNegative = 0.5
+    temperature: Positive = 30.0
 
     name: ClassVar[str] = "source_classes"
     keeps_source_classes: ClassVar[bool] = True
@@ -208,13 +209,14 @@ class SourceClasses(Term):
         return kl_divergence(torch.flatten(step.logits["teacher"], 1), logits, self.temperature)
 
 
+@checked
 def DTQ(
-    alpha: float = 0.01,
-    beta: float = 0.5,
-    temperature: float = 30.0,
-    taps: Sequence[str] | None = None,
+    alpha: NonNegative = 0.01,
+    beta: NonNegative = 0.5,
+    temperature: Positive = 30.0,
+    taps: str | Sequence[str] | None = None,
     attention: bool = True,
-    head_decay: float = 1e-4,
+    head_decay: NonNegative = 1e-4,
 ) -> Recipe:
     """CE on the target classes + alpha * attentive alignment + beta * KL on the source classes (paper Eq. 2).
 
@@ -233,7 +235,7 @@ def DTQ(
     """
     terms: list[Term] = [CrossEntropy()]
     if alpha:
-        modules = None if taps is None else tuple(taps)
+        modules = None if taps is None else names_of(taps)
         terms.append(AttentiveAlignment(alpha, modules=modules, attention=attention))
     if beta:
         terms.append(SourceClasses(beta, temperature=temperature))

@@ -15,20 +15,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, get_args
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import readers
+from ..checks import NonNegative, Positive, checked
 from ..distill import CrossEntropy, LogitDistance, Networks, Step, Tap, Term
 from ..distill.base import NetworkName
 from ..distill.feature_losses import Axes, Distance, feature_distance
 from ..distill.terms import same_shape, teacher_grids
-from .base import Frozen, Recipe
+from .base import Frozen, Recipe, names_of
 
 Parts = Literal["stages", "blocks"]
 Side = Literal["input", "output"]
+ChannelDim = Literal[1, -1]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class FeatureTransfer(Term):
     parts: Parts = "stages"
     names: tuple[str, ...] = ()
     quantized_teacher: bool = False
-    channel_dim: int = 1
+    channel_dim: ChannelDim = 1
 
     name: ClassVar[str] = "feature_transfer"
 
@@ -111,17 +113,18 @@ class FeatureTransfer(Term):
         )
 
 
+@checked
 def FTL(
-    weight: float = 1.0,
-    stages: Sequence[str] | None = None,
+    weight: NonNegative = 1.0,
+    stages: str | Sequence[str] | None = None,
     side: Side = "output",
     axes: Axes = "sample",
     distance: Distance = "centred_cosine",
     quantized_teacher: bool = False,
     taps: Parts = "stages",
-    logits: float = 0.0,
-    temperature: float = 4.0,
-    channel_dim: int = 1,
+    logits: NonNegative = 0.0,
+    temperature: Positive = 4.0,
+    channel_dim: ChannelDim = 1,
 ) -> Recipe:
     """CE + weight * (1/L) sum_l mean_i D_cc(F^l, S^l) [+ logits * T^2 KL(teacher || student)].
 
@@ -142,17 +145,8 @@ def FTL(
         channel_dim: where the channels are, 1 for maps, -1 for tokens; for axes other than ``"sample"``.
 
     Raises:
-        ValueError: unknown side, taps, axes or distance.
+        TypeError, ValueError: an argument of another type, out of range or unknown.
     """
-    for name, value, kind in (
-        ("side", side, Side),
-        ("taps", taps, Parts),
-        ("axes", axes, Axes),
-        ("distance", distance, Distance),
-    ):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
-    names = (stages,) if isinstance(stages, str) else tuple(stages or ())
     terms: tuple[Term, ...] = (
         CrossEntropy(),
         FeatureTransfer(
@@ -161,7 +155,7 @@ def FTL(
             axes=axes,
             side=side,
             parts=taps,
-            names=names,
+            names=names_of(stages),
             quantized_teacher=quantized_teacher,
             channel_dim=channel_dim,
         ),

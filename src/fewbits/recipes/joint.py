@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..checks import Bits, NonNegative, Positive, PositiveInt, checked
 from ..convert import FLOAT_BITS, plan_of
 from ..distill import CrossEntropy, Group, LogitDistance, Networks, Step, Tap, Term
 from ..distill.base import NetworkName
@@ -38,8 +39,8 @@ class JointTeacher(TeacherPolicy):
         mirror: whether the student's other terms teach the teacher as well; False leaves it the labels alone.
     """
 
-    lr: float = 0.2
-    labels: float = 1.0
+    lr: NonNegative = 0.2
+    labels: NonNegative = 1.0
     mirror: bool = True
 
     def groups(self) -> tuple[Group, ...]:
@@ -63,8 +64,8 @@ class QuantizedMaps(Term):
             teacher's features at the start (reconstruction).
     """
 
-    stages: int = 2
-    bits: int | None = None
+    stages: PositiveInt = 2
+    bits: Bits | Literal[32] | None = None
     grid: Grid = "data"
 
     def taps(self, networks: Networks) -> tuple[Tap, ...]:
@@ -117,7 +118,7 @@ class QuantizedMaps(Term):
 class AttentionTransfer(QuantizedMaps):
     """L_att (Eq. 7), summed over taps: normalised attention maps, A = sum over channels of |feature|."""
 
-    weight: float = 50.0
+    weight: NonNegative = 50.0
     form: AttentionForm = "mean_squared"
 
     name: ClassVar[str] = "attention"
@@ -132,7 +133,7 @@ class AttentionTransfer(QuantizedMaps):
 class Hint(QuantizedMaps):
     """R = 1/2 ||Q(mu) - nu||^2 (CVPR 2018 Eq. 5), mean over elements (authors' code), summed over taps."""
 
-    weight: float = 0.1
+    weight: NonNegative = 0.1
 
     name: ClassVar[str] = "hint"
 
@@ -141,17 +142,18 @@ class Hint(QuantizedMaps):
         return 0.5 * torch.stack([squared_error(nu, mu, "mean") for nu, mu in self.pairs(step, taps, helper)]).sum()
 
 
+@checked
 def Joint(
-    labels: float = 0.5,
-    beta: float = 0.5,
-    gamma: float = 50.0,
+    labels: NonNegative = 0.5,
+    beta: NonNegative = 0.5,
+    gamma: NonNegative = 50.0,
     feature: Literal["attention", "hint", "none"] = "attention",
-    bits: int | None = None,
+    bits: Bits | Literal[32] | None = None,
     grid: Grid = "data",
-    stages: int = 2,
+    stages: PositiveInt = 2,
     form: AttentionForm = "mean_squared",
-    temperature: float = 1.0,
-    teacher_lr: float = 0.2,
+    temperature: Positive = 1.0,
+    teacher_lr: NonNegative = 0.2,
     train_teacher: bool = True,
 ) -> Recipe:
     """Student: labels * CE + beta * KL(teacher || student) + gamma * L_att; the teacher likewise, with CE in full.
@@ -170,12 +172,8 @@ def Joint(
         train_teacher: False freezes the teacher: the paper's ablation.
 
     Raises:
-        ValueError: a choice that does not exist.
+        TypeError, ValueError: an argument of another type, out of range or unknown.
     """
-    if feature not in ("attention", "hint", "none"):
-        raise ValueError(f"feature must be 'attention', 'hint' or 'none', got {feature!r}")
-    if grid not in ("data", "unit"):
-        raise ValueError(f"grid must be 'data' or 'unit', got {grid!r}")
     maps: dict[str, tuple[Term, ...]] = {
         "attention": (AttentionTransfer(gamma, stages=stages, bits=bits, grid=grid, form=form),),
         "hint": (Hint(gamma, stages=stages, bits=bits, grid=grid),),

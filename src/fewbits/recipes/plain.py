@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from ..checks import UnitInterval, checked
 from ..distill import CrossEntropy
 from .base import Recipe
 
 
-def Float(label_smoothing: float = 0.0) -> Recipe:
+@checked
+def Float(label_smoothing: UnitInterval = 0.0) -> Recipe:
     """Train the full-precision network itself, from random weights."""
     return Recipe("float", (CrossEntropy(label_smoothing=label_smoothing),), quantized=False)
 
 
-def Plain(label_smoothing: float = 0.0) -> Recipe:
+@checked
+def Plain(label_smoothing: UnitInterval = 0.0) -> Recipe:
     """Quantization-aware training on the labels alone: the baseline that every other recipe is judged against."""
     return Recipe("plain", (CrossEntropy(label_smoothing=label_smoothing),))

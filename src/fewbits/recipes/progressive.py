@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import Bits, Inside, checked
 from ..convert import FLOAT_BITS, plan_of, quantizers_of
 from ..distill import Edit, Networks
 from ..layers import QuantLayer
 from ..precision import Fixed, Precision, set_bits
-from ..quantizers import check_bits
 from .base import OneStage, Recipe, Schedule, Stage
 
+Widths = Annotated[tuple[Bits, ...], "they fall from stage to stage, for example (8, 4)"]
+Nesting = Literal["stages", "precisions"]
+Start = Literal["latent", "quantized"]
+FirstShare = Annotated[Inside, "it is the first stage's part"]
 WEIGHTS_ONLY = Fixed(Precision(activations=False))
 
 
@@ -32,8 +36,8 @@ class SetBits(Edit):
         activations: bits of layer inputs, likewise.
     """
 
-    weights: int | None = None
-    activations: int | None = None
+    weights: Bits | None = None
+    activations: Bits | None = None
 
     def apply(self, networks: Networks) -> None:
         """See the class."""
@@ -85,10 +89,11 @@ class ProgressiveSchedule(Schedule):
         bits: widths before the plan's own, falling.
     """
 
-    bits: tuple[int, ...] = (8, 4)
+    bits: Widths = (8, 4)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", _falling(self.bits))
+        super().__post_init__()
+        _check_falling(self.bits)
 
     def stages(self) -> tuple[Stage, ...]:
         """One for each width; the last is the plan's."""
@@ -109,18 +114,14 @@ class TwoStageSchedule(Schedule):
         share: of the first stage in the student's budget.
     """
 
-    bits: tuple[int, ...] = ()
-    nesting: Literal["stages", "precisions"] = "stages"
-    start: Literal["latent", "quantized"] = "latent"
-    share: float = 0.5
+    bits: Widths = ()
+    nesting: Nesting = "stages"
+    start: Start = "latent"
+    share: FirstShare = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", _falling(self.bits))
-        for name, allowed in (("nesting", ("stages", "precisions")), ("start", ("latent", "quantized"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not 0 < self.share < 1:
-            raise ValueError(f"share must lie between 0 and 1, got {self.share}; it is the first stage's part")
+        super().__post_init__()
+        _check_falling(self.bits)
 
     def stages(self) -> tuple[Stage, ...]:
         """Weights at each width, then activations at each width; or both stages at each width."""
@@ -153,18 +154,17 @@ def _name(what: str, bits: int | None) -> str:
     return what if bits is None else f"{what}, {bits} bits"
 
 
-def _falling(bits: Iterable[int]) -> tuple[int, ...]:
-    widths = tuple(check_bits(b) for b in bits)
-    if list(widths) != sorted(set(widths), reverse=True):
-        raise ValueError(f"bits must fall from stage to stage, got {widths}; for example (8, 4)")
-    return widths
+def _check_falling(bits: tuple[int, ...]) -> None:
+    if list(bits) != sorted(set(bits), reverse=True):
+        raise ValueError(f"bits must fall from stage to stage, got {bits}; for example (8, 4)")
 
 
+@checked
 def TwoStage(
-    bits: tuple[int, ...] = (),
-    nesting: Literal["stages", "precisions"] = "stages",
-    start: Literal["latent", "quantized"] = "latent",
-    share: float = 0.5,
+    bits: Widths = (),
+    nesting: Nesting = "stages",
+    start: Start = "latent",
+    share: FirstShare = 0.5,
 ) -> Recipe:
     """Quantize the weights, train, then the activations as well (Zhuang et al., TPAMI 2021, Algorithm 1).
 
@@ -177,7 +177,8 @@ def TwoStage(
     return Recipe("two-stage", schedule=TwoStageSchedule(bits, nesting, start, share))
 
 
-def Progressive(bits: tuple[int, ...] = (8, 4)) -> Recipe:
+@checked
+def Progressive(bits: Widths = (8, 4)) -> Recipe:
     """Train at high bits, then at lower ones, each from the solution before (Zhuang et al., TPAMI 2021, Algorithm 2).
 
     Args:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import Bits, Inside, NonNegative, checked
 from ..distill import CrossEntropy, Edit, Group, Networks, Phase, Step, Tap, Term
 from ..distill.feature_losses import Reduction, squared_error
 from ..distill.terms import map_tap, same_shape
-from ..quantizers import check_bits
 from ..quantizers.feature import FeatureQuantizer
 from .base import Frozen, Recipe, TeacherPolicy
 
@@ -52,7 +52,7 @@ class QuantizeFeature(Edit):
         pooled: False quantizes the map before the pooling, and the head consumes the pooled f_Q.
     """
 
-    bits: int | None = None
+    bits: Bits | None = None
     pooled: bool = True
 
     def apply(self, networks: Networks) -> None:
@@ -95,7 +95,7 @@ class QuantizedFeatureDistance(Term):
     The student's feature passes no extra quantizer; the gradient reaches its own quantizers straight through.
     """
 
-    weight: float = 0.5
+    weight: NonNegative = 0.5
     reduction: Reduction = "sum"
     pooled: bool = True
 
@@ -124,10 +124,10 @@ class QuantizedFeature(TeacherPolicy):
         pooled: see ``QuantizeFeature``.
     """
 
-    bits: int | None = None
-    share: float = 0.2
-    lr: float = 0.2
-    quantizer_lr: float = 1e-2
+    bits: Bits | None = None
+    share: Inside = 0.2
+    lr: NonNegative = 0.2
+    quantizer_lr: NonNegative = 1e-2
     pooled: bool = True
 
     def phases(self) -> tuple[Phase, ...]:
@@ -143,13 +143,14 @@ class QuantizedFeature(TeacherPolicy):
         )
 
 
+@checked
 def QFD(
-    weight: float = 0.5,
-    bits: int | None = None,
+    weight: NonNegative = 0.5,
+    bits: Bits | Literal[32] | None = None,
     reduction: Reduction = "sum",
-    share: float = 0.2,
+    share: Annotated[Inside, "it is the teacher's part of the budget"] = 0.2,
     retrain: bool = True,
-    teacher_lr: float = 0.2,
+    teacher_lr: NonNegative = 0.2,
     pooled: bool = True,
 ) -> Recipe:
     """Teacher: CE through Q_b(f_t). Student: CE + weight * ||f_s - Q_b(f_t)||^2.
@@ -166,7 +167,7 @@ def QFD(
             behind it; a ``"sum"`` then runs over H x W times as many elements, 4,096 in place of 64 for ResNet-20.
 
     Raises:
-        ValueError: bits or share out of range.
+        TypeError, ValueError: an argument of another type, or out of range.
 
     Transformers: every linear layer is quantized, products of two activations stay float (``fewbits summary`` lists
     them). In timm's ViT and Swin, ``keep=("*.attn",)`` or ``Rule("*.attn", ...)`` selects the attention layers (qkv and
@@ -176,10 +177,6 @@ def QFD(
         from .rivals import Features
 
         return Features(weight, reduction, pooled)
-    if bits is not None:
-        check_bits(bits)
-    if not 0 < share < 1:
-        raise ValueError(f"share must lie between 0 and 1, got {share}; it is the teacher's part of the budget")
     terms = (CrossEntropy(), QuantizedFeatureDistance(weight, reduction=reduction, pooled=pooled))
     if not retrain:
         return Recipe("qfd-rounded", terms, Frozen(), edits=(QuantizeFeature(bits, pooled),))

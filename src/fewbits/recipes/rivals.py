@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..checks import NonNegative, Positive, checked
 from ..distill import CrossEntropy, FeatureDistance, LogitDistance
 from ..distill.feature_losses import Reduction
 from .base import Frozen, Recipe
 
 
-def Logits(weight: float = 0.5, temperature: float = 4.0, labels: float = 0.5) -> Recipe:
+@checked
+def Logits(weight: NonNegative = 0.5, temperature: Positive = 4.0, labels: NonNegative = 0.5) -> Recipe:
     """Knowledge distillation (Hinton et al., arXiv 1503.02531): labels * CE + weight * T^2 KL(teacher || student).
 
     Args:
@@ -18,7 +20,8 @@ def Logits(weight: float = 0.5, temperature: float = 4.0, labels: float = 0.5) -
     return Recipe("logits", (CrossEntropy(labels), LogitDistance(weight, temperature=temperature)), Frozen())
 
 
-def Features(weight: float = 0.5, reduction: Reduction = "sum", pooled: bool = True) -> Recipe:
+@checked
+def Features(weight: NonNegative = 0.5, reduction: Reduction = "sum", pooled: bool = True) -> Recipe:
     """Float-feature distillation: CE + weight * ||f_s - f_t||^2 on the vectors that enter the heads.
 
     Args:

@@ -8,13 +8,18 @@ DoReFa and PACT the clipped activation), and batch norm (one for all mixtures, r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from ..checks import Checked, Part, checked
 from ..precision import FragmentKind, Precision
 from .base import Recipe, Schedule, Stage
 
+Delta = Annotated[Part, "the paper starts at 0.5"]
+Until = Annotated[Part, "the paper ends the draws at 0.5"]
+
 
 @dataclass(frozen=True)
-class FallingDelta:
+class FallingDelta(Checked):
     """A fragment is in full precision with probability delta, which falls linearly to 0.
 
     Args:
@@ -24,8 +29,8 @@ class FallingDelta:
         separate: whether weights and activations are drawn independently (the paper's W/A).
     """
 
-    delta: float = 0.5
-    until: float = 0.5
+    delta: Delta = 0.5
+    until: Until = 0.5
     fragment: FragmentKind = "block"
     separate: bool = True
 
@@ -39,26 +44,19 @@ class FallingDelta:
 class StochasticSchedule(Schedule):
     """One stage under ``FallingDelta``."""
 
-    delta: float = 0.5
-    until: float = 0.5
+    delta: Delta = 0.5
+    until: Until = 0.5
     fragment: FragmentKind = "block"
     separate: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.delta <= 1:
-            raise ValueError(f"delta must lie in (0, 1], got {self.delta}; the paper starts at 0.5")
-        if not 0 < self.until <= 1:
-            raise ValueError(f"until must lie in (0, 1], got {self.until}; the paper ends the draws at 0.5")
-        if self.fragment not in ("block", "layer"):
-            raise ValueError(f"fragment must be 'block' or 'layer', got {self.fragment!r}")
 
     def stages(self) -> tuple[Stage, ...]:
         """One."""
         return (Stage(precision=FallingDelta(self.delta, self.until, self.fragment, self.separate)),)
 
 
+@checked
 def Stochastic(
-    delta: float = 0.5, until: float = 0.5, fragment: FragmentKind = "block", separate: bool = True
+    delta: Delta = 0.5, until: Until = 0.5, fragment: FragmentKind = "block", separate: bool = True
 ) -> Recipe:
     """Quantize random blocks in each step, all of them at last (Zhuang et al., TPAMI 2021, Algorithm 3).
 

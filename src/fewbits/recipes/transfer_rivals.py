@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import NonNegative, checked
 from ..distill import CrossEntropy, Edit, Networks, Step, Tap, Term
 from ..distill.attentive import attended_distance
 from ..distill.logit_losses import kl_divergence
 from ..distill.weight_terms import HeadDecay, SourceDistance
-from .base import Frozen, Recipe
+from .base import Frozen, Recipe, names_of
 from .dtq import alignment_taps, map_shapes, pairs
 
 IMAGES = 64
@@ -50,7 +51,7 @@ class FixedAlignment(Term):
     batch size: with the batch the weight of the term grows.
     """
 
-    weight: float = 0.01
+    weight: NonNegative = 0.01
     modules: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "delta"
@@ -134,7 +135,8 @@ class MeasureChannels(Edit):
             handle.remove()
 
 
-def L2SP(weight: float = 0.01, head_decay: float = 0.01) -> Recipe:
+@checked
+def L2SP(weight: NonNegative = 0.01, head_decay: NonNegative = 0.01) -> Recipe:
     """CE + weight * 0.5 ||w - w_source||^2 + head_decay * 0.5 ||w_head||^2 (Li et al., ICML 2018, arXiv 1802.01483).
 
     Args:
@@ -144,8 +146,12 @@ def L2SP(weight: float = 0.01, head_decay: float = 0.01) -> Recipe:
     return Recipe("l2-sp", (CrossEntropy(), SourceDistance(weight), HeadDecay(head_decay)), Frozen())
 
 
+@checked
 def DELTA(
-    weight: float = 0.01, head_decay: float = 0.01, taps: Sequence[str] | None = None, measure: bool = True
+    weight: NonNegative = 0.01,
+    head_decay: NonNegative = 0.01,
+    taps: str | Sequence[str] | None = None,
+    measure: bool = True,
 ) -> Recipe:
     """CE + weight * alignment with fixed channel weights (Li et al., ICLR 2019, arXiv 1901.09229).
 
@@ -155,6 +161,6 @@ def DELTA(
         taps: names of the aligned modules, in both networks; None takes DTQ's.
         measure: False weights all channels alike instead of measuring them, see ``MeasureChannels``.
     """
-    modules = None if taps is None else tuple(taps)
+    modules = None if taps is None else names_of(taps)
     terms = (CrossEntropy(), FixedAlignment(weight, modules=modules), HeadDecay(head_decay))
     return Recipe("delta", terms, Frozen(), edits=(MeasureChannels(modules, measure),))
