@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -14,6 +17,8 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Pos
 from . import commands
 from .deploy import ParityError
 from .training import TrainingError
+
+DESCRIPTION = "Low-bit vision networks, taught by the float network they came from: quantize, teach, ship."
 
 ERRORS = (ValueError, TypeError, OSError, TrainingError, ParityError, ImportError, MemoryError)
 """What a user can cause: one clear line and exit code 1, no traceback. Wrong usage is exit code 2."""
@@ -29,14 +34,39 @@ def _command(config: Any, name: str, help_: str) -> Any:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
-    """Read the command line into the dataclass of its command."""
-    return tyro.cli(
-        _commands(),
-        args=list(arguments) if arguments is not None else None,
-        prog="fewbits",
-        description="Low-bit vision networks, taught by the float network they came from: quantize, teach, ship.",
-        config=(OmitArgPrefixes, FlagCreatePairsOff, AvoidSubcommands),
-    )
+    """Read the command line into the dataclass of its command.
+
+    Raises:
+        ValueError: a value that its dataclass refuses.
+        SystemExit: wrong usage, which tyro explains; or help.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                _commands(),
+                args=list(arguments) if arguments is not None else None,
+                prog="fewbits",
+                description=DESCRIPTION,
+                config=(OmitArgPrefixes, FlagCreatePairsOff, AvoidSubcommands),
+            )
+    except SystemExit as left:
+        # tyro takes what a dataclass says of its fields for wrong usage, under names of its own.
+        if (refused := _own_error(left)) is not None:
+            raise refused from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _own_error(error: BaseException) -> ValueError | None:
+    """The ValueError behind ``error`` that this package raised, if there is one."""
+    cause = error.__context__
+    while cause is not None:
+        raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(cause.__traceback__)][-1]
+        if isinstance(cause, ValueError) and raised_in.startswith(f"{__package__}."):
+            return cause
+        cause = cause.__context__
+    return None
 
 
 def _commands() -> Any:
@@ -52,11 +82,12 @@ def _commands() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 with a message; wrong usage leaves with 2."""
-    config = parse(arguments)
-    run: Callable[[Any], Any] = next(f for c, f in commands.COMMANDS.values() if type(config) is c)
     console = Console(stderr=True)
+    config = None
     warnings.showwarning = lambda message, *rest, **more: console.print(f"warning: {message}", style="yellow")
     try:
+        config = parse(arguments)
+        run: Callable[[Any], Any] = next(f for c, f in commands.COMMANDS.values() if type(config) is c)
         run(config)
     except ERRORS as error:
         console.print(f"fewbits: {error}", style="red", highlight=False, markup=False, soft_wrap=True)

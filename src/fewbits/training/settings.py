@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from ..checks import Checked, Inside, Limit, NonNegative, NonNegativeInt, Positive, PositiveInt
+
+Seed = Annotated[int, Limit("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Everything about training that is neither the network, the recipe nor the data.
 
     Args:
@@ -40,63 +43,35 @@ class Settings:
         tensorboard: write TensorBoard events beside the metrics; --no-tensorboard does not.
     """
 
-    epochs: float = 3
-    batch_size: int = 128
-    lr: float = 0.05
+    epochs: Positive = 3
+    batch_size: PositiveInt = 128
+    lr: Positive = 0.05
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 1e-4
-    quantizer_lr: float = 1.0
-    helper_lr: float | None = None
+    weight_decay: NonNegative = 1e-4
+    quantizer_lr: NonNegative = 1.0
+    helper_lr: NonNegative | None = None
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    warmup_steps: int = 100
-    clip_grad: float | None = None
-    accumulate: int = 1
-    ema: float | None = None
-    bn_batches: int = 50
+    milestones: tuple[Inside, ...] = (0.5, 0.75)
+    warmup_steps: NonNegativeInt = 100
+    clip_grad: Positive | None = None
+    accumulate: PositiveInt = 1
+    ema: Annotated[Inside, "0.999 is usual"] | None = None
+    bn_batches: NonNegativeInt = 50
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     channels_last: bool = False
-    processes: int | None = None
-    seed: int = 0
+    processes: PositiveInt | None = None
+    seed: Seed = 0
     deterministic: bool = False
-    checkpoint_seconds: float = 60.0
-    evaluate_every: int = 1
-    gradient_shares: int = 0
-    max_bad_steps: int = 10
+    checkpoint_seconds: NonNegative = 60.0
+    evaluate_every: PositiveInt = 1
+    gradient_shares: NonNegativeInt = 0
+    max_bad_steps: PositiveInt = 10
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "max_bad_steps", "evaluate_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("epochs", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in (
-            *("weight_decay", "warmup_steps", "bn_batches", "checkpoint_seconds", "quantizer_lr", "helper_lr"),
-            "gradient_shares",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:  # NaN included
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"processes must be positive or None, got {self.processes}")
-        for name, allowed in (
-            ("optimizer", ("sgd", "adamw")),
-            ("schedule", ("cosine", "step", "constant")),
-            ("precision", ("fp32", "bf16")),
-            ("device", ("auto", "cpu", "cuda")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must lie between 0 and 1, got {self.ema}; 0.999 is usual")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise ValueError(f"clip_grad must be positive or None, got {self.clip_grad}")
-        if any(not 0 < m < 1 for m in self.milestones):
-            raise ValueError(f"milestones must be fractions of a phase between 0 and 1, got {self.milestones}")
+        super().__post_init__()
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"
