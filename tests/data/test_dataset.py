@@ -1,5 +1,6 @@
 """Sets from tensors, held-out parts and small parts."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbits.data import Dataset, load
+from fewbits.data import Dataset, TensorSplit, load
 
 
 def images(num: int, size: int = 4) -> torch.Tensor:
@@ -169,3 +170,34 @@ def test_pixels_are_test_images_before_normalisation():
         digits.normalisation.apply(images),
         next(digits.test.batches(batch_size=5, normalisation=digits.normalisation))[0],
     )
+
+
+def scaled(data: Dataset, factor: float) -> torch.Tensor:
+    assert isinstance(data.test, TensorSplit)
+    return data.test.images.float() * factor
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda d: TensorSplit(scaled(d, 1.0), d.test.labels), "float images must be in 0..1"),
+        (lambda d: TensorSplit(scaled(d, math.nan), d.test.labels), "image 0 holds NaN or infinity"),
+        (lambda d: TensorSplit(d.test.images, d.test.labels[:-1]), "a label for each image, got 359 images and 358"),
+        (lambda d: TensorSplit(d.test.images, d.test.labels.float()), "labels must be integers of shape"),
+        (lambda d: TensorSplit(d.test.images, d.test.labels + 1), r"digits test: label \d+ is 10; labels must be"),
+        (lambda d: TensorSplit(d.test.images.repeat(1, 3, 1, 1), d.test.labels), "must be 1 x 8 x 8, got 3 x 8 x 8"),
+        (lambda d: TensorSplit(d.test.images, d.test.labels, 16), "digits test: images must be 1 x 8 x 8"),
+    ],
+)
+def test_replaced_splits_are_checked(make: Any, said: str):
+    """Found: dataclasses.replace went round what from_tensors checks."""
+    data = load("digits")
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(data, test=make(data))
+
+
+def test_what_is_no_split_and_no_name():
+    with pytest.raises(TypeError, match="digits train must be a Split, got list"):
+        dataclasses.replace(load("digits"), train=[])
+    with pytest.raises(TypeError, match=r"name must be one of digits, .* or folder:PATH, got None"):
+        load(None)  # type: ignore[arg-type]

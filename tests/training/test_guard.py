@@ -24,7 +24,7 @@ def poisoned(*steps: int, epochs: int = 2) -> Dataset:
     """
     data = part_of_digits()
     assert isinstance(data.train, TensorSplit)
-    images = data.train.images.float() / 255
+    split = TensorSplit(data.train.images.float() / 255, data.train.labels)
     *order, calibration = [
         plan_batches(NUM_TRAIN, batch_size=BATCH_SIZE, shuffle=True, seed=0, epoch=epoch) for epoch in range(epochs + 1)
     ]
@@ -32,8 +32,8 @@ def poisoned(*steps: int, epochs: int = 2) -> Dataset:
     for step in steps:
         epoch, batch = divmod(step, len(order[0]))
         chosen = set(order[epoch][batch].tolist()) - spared
-        images[min(chosen & set(order[0][1].tolist()) if epoch else chosen), 0, 4, 4] = torch.nan
-    return replace(data, train=TensorSplit(images, data.train.labels))
+        split.images[min(chosen & set(order[0][1].tolist()) if epoch else chosen), 0, 4, 4] = torch.nan
+    return replace(data, train=split)  # made of whole images: a split refuses NaN
 
 
 class Spy:

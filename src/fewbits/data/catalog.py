@@ -40,8 +40,11 @@ def load(name: str, root: Path | None = None, download: bool = False, image_size
             given).
 
     Raises:
+        TypeError: a name that is no text.
         ValueError: an unknown name; a set that is not there (with where it was looked for); files that are damaged.
     """
+    if not isinstance(name, str):
+        raise TypeError(unknown_name("name", name, SOURCES, "folder:PATH"))
     if name.startswith("folder:"):
         return load_folder(Path(name.removeprefix("folder:")).expanduser(), image_size)
     if name not in SOURCES:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def check_labels(labels_N: Tensor, num_classes: int, where: str | Path) -> Tensor:
-    """The labels as int64, shape (N,).
+def check_labels(labels_N: Tensor, num_classes: int | None, where: str | Path) -> Tensor:
+    """The labels as int64, shape (N,); any whole numbers where the number of classes is not known, None.
 
     Raises:
         ValueError: a label outside 0..num_classes - 1, with its file (`where`), index and value.
@@ -21,6 +21,8 @@ def check_labels(labels_N: Tensor, num_classes: int, where: str | Path) -> Tenso
             f"{where}: labels must be integers of shape (N,), got {labels_N.dtype} of shape {tuple(labels_N.shape)}"
         )
     labels_N = labels_N.long()
+    if num_classes is None:
+        return labels_N
     wrong = ((labels_N < 0) | (labels_N >= num_classes)).nonzero()
     if len(wrong):
         index = int(wrong[0])

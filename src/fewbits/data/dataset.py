@@ -28,6 +28,10 @@ class Dataset:
         image_size: height and width in pixels.
         normalisation: of pixels in 0..1.
         augment: what the training images usually get.
+
+    Raises:
+        TypeError: a split that is none.
+        ValueError: labels out of range; images in memory of another shape than `channels` and `image_size` say.
     """
 
     name: str
@@ -38,6 +42,21 @@ class Dataset:
     image_size: int
     normalisation: Normalisation
     augment: Augment = NONE
+
+    def __post_init__(self) -> None:
+        for part, split in (("train", self.train), ("test", self.test)):
+            if not isinstance(split, Split):
+                raise TypeError(
+                    f"{self.name} {part} must be a Split, got {type(split).__name__}; see Dataset.from_tensors"
+                )
+            check_labels(split.labels, self.num_classes, f"{self.name} {part}")
+            if isinstance(split, TensorSplit):
+                channels, size = split.images.shape[1], split.image_size or split.images.shape[2]
+                if (channels, size) != (self.channels, self.image_size):
+                    raise ValueError(
+                        f"{self.name} {part}: images must be {self.channels} x {self.image_size} x {self.image_size}, "
+                        f"got {channels} x {size} x {size}"
+                    )
 
     @property
     def num_classes(self) -> int:

@@ -34,7 +34,9 @@ def load_folder(path: Path, image_size: int | None = None) -> Dataset:
     if size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {size}")
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give an image folder with one folder a class")
+        raise ValueError(
+            f"{path} is not a folder (looked for {path.absolute()}); give an image folder with one folder a class"
+        )
     train_path, test_path = _part(path, "train"), _part(path, "test") or _part(path, "val")
     if train_path and test_path:
         train, test = _scan(train_path), _scan(test_path)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.data.augment import NONE, Augment, crop_and_flip
+from fewbits.data.checks import check_images, check_labels
 from fewbits.data.draws import sample_order
 from fewbits.data.normalisation import Normalisation
 
@@ -125,11 +126,23 @@ class TensorSplit(Split):
         images: uint8, or float32 in 0..1, N x C x H x W.
         labels: int64, N.
         image_size: resize batches to this many pixels a side (bilinear, after crop and flip); None keeps them.
+
+    Raises:
+        ValueError: images that are not finite, not in 0..1 or not square; labels that are no whole numbers, or not as
+            many as images.
     """
 
     images: Tensor
     labels: Tensor
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", check_images(self.images, "a split"))
+        object.__setattr__(self, "labels", check_labels(self.labels, None, "a split"))
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"a split must have a label for each image, got {len(self.images)} images and {len(self.labels)} labels"
+            )
 
     def subset(self, indices: Tensor) -> "TensorSplit":
         return TensorSplit(self.images[indices], self.labels[indices], self.image_size)
