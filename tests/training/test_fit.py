@@ -71,6 +71,15 @@ def test_a_recipe_that_is_none(recipe: Any, hint: str, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", ["resnet20", nn.Linear, None])
+def test_a_network_that_is_none(given: Any):
+    with pytest.raises(TypeError, match=r"student must be a network, a torch\.nn\.Module, got"):
+        fit(given, recipe=make("float"), data=part_of_digits(), progress=False)
+    if given is not None:
+        with pytest.raises(TypeError, match="teacher must be a network"):
+            fit(network(), given, recipe=make("float"), data=part_of_digits(), progress=False)
+
+
 def test_data_that_is_none():
     loader: Any = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))]
     with pytest.raises(TypeError, match=r"data must be a fewbits\.data\.Dataset, got list; use fewbits\.data\.load"):
@@ -138,10 +147,10 @@ def test_misspelt_settings():
 def test_nan_where_calibration_looks(tmp_path: Path):
     data = part_of_digits()
     assert isinstance(data.train, TensorSplit)
-    images = data.train.images.float() / 255
-    images[:, 0, 0, 0] = torch.nan
+    split = TensorSplit(data.train.images.float() / 255, data.train.labels)
+    split.images[:, 0, 0, 0] = torch.nan  # a split that is made of such images is refused
     with pytest.raises(ValueError, match="batches holds NaN or infinite pixels; clean the data"):
-        train("plain", tmp_path / "run", data=replace(data, train=TensorSplit(images, data.train.labels)))
+        train("plain", tmp_path / "run", data=replace(data, train=split))
     assert not (tmp_path / "run").exists()
 
 

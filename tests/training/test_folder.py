@@ -11,6 +11,7 @@ from training_worker import part_of_digits, same_run, stopped_at, train
 
 from fewbits.recipes import make
 from fewbits.training import Settings, read_json, read_metrics
+from fewbits.training import loop as loop_module
 from fewbits.training.folder import RunFolder, as_data
 
 
@@ -34,6 +35,28 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="is not empty and holds no run; choose another folder"):
         train("plain", tmp_path, epochs=1)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("where", ["make_optimizer", "prepare", "backward"])
+def test_a_run_without_a_first_step_leaves_its_folder_free(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Found: the next try was refused, "already holds a run"."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("before the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, where, fail)
+        with pytest.raises(RuntimeError, match="before the first step"):
+            train("plain", tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
+    assert train("plain", tmp_path / "run", epochs=1).folder == tmp_path / "run"
+
+
+def test_a_run_that_took_a_step_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with stopped_at(monkeypatch, 1, written=False):
+        train("plain", tmp_path)
+    with pytest.raises(ValueError, match="already holds a run; pass --resume"):
+        train("plain", tmp_path)
 
 
 def test_a_file_is_no_folder(tmp_path: Path):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_network
 from ..convert import plan_of
 from ..data import Dataset, Normalisation
 from ..recipes import Recipe
@@ -85,11 +86,14 @@ def fit(
         description: more entries for ``run.json``.
 
     Raises:
-        TypeError: a recipe that is none, a misspelt setting.
+        TypeError: a network or a recipe that is none, a misspelt setting.
         ValueError: arguments that do not fit together; each message says which and what to do.
         TrainingError: the loss stayed non-finite.
         OSError: a checkpoint could not be written; the previous one is whole.
     """
+    check_network("student", student)
+    if teacher is not None:
+        check_network("teacher", teacher)
     check_recipe(recipe)
     check_data(data)
     settings = dataclasses.replace(settings or Settings(), **overrides)
@@ -112,7 +116,12 @@ def fit(
         if folder.is_finished:
             return _finished(recipe.restructure(student), folder, normalisation)
     loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress)
-    outcome = loop.run()
+    try:
+        outcome = loop.run()
+    except BaseException:
+        if folder is not None and loop.is_main:
+            folder.undo_start()
+        raise
     outcome.networks.eval()
     if outcome.diverged and loop.is_main:
         warnings.warn(

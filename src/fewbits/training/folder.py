@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class RunFolder:
 
     def __init__(self, path: Path, description: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
+        self._is_begun = False
         self._described = json.loads(json.dumps(as_data(dict(description)), sort_keys=True))
         nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
         if not nearest.is_dir():
@@ -71,9 +74,19 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for litter in [*self.path.glob(".*.part"), *self.checkpoint.glob(".*.part")]:
             litter.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        self._is_begun = True
         if not self._is_started:
             write_file(self.path / RUN, (json.dumps(self._described, indent=2, sort_keys=True) + "\n").encode())
         self._forget_after(step)
+
+    def undo_start(self) -> None:
+        """Leave the folder as it was found if not even a first step came to pass: it is free for the next try."""
+        if self._is_begun and not self._is_started and not self.metrics():
+            for file in (RUN, METRICS):
+                (self.path / file).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            with contextlib.suppress(OSError):  # something of the user's is in it
+                self.path.rmdir()
 
     @property
     def _is_started(self) -> bool:
