@@ -125,7 +125,7 @@ def line_of(text: str, name: str) -> list[str]:
 
 
 def test_a_trained_run_on_a_page(trained: tuple[Path, Path], tmp_path: Path):
-    output = report(trained, tmp_path / "new" / "page.html")
+    output = report(trained, tmp_path / "page.html")
     page = Page(output.read_text())
     assert set(page.figures) == FIGURES
     name = "two <b>bits"
@@ -135,7 +135,7 @@ def test_a_trained_run_on_a_page(trained: tuple[Path, Path], tmp_path: Path):
     assert "recipe.terms.2.is" in page.text
     assert "as <it> should" in page.text
     assert "0.250" not in page.text
-    assert {"0.125", "0.25", "2.5", "4.0", "99.75", "51.25", "2/2", "32/32"} <= set(page.texts)
+    assert {"0.125 (batch 1)", "0.25", "2.5", "4.0", "99.75", "51.25", "2/2", "32/32"} <= set(page.texts)
 
 
 def test_the_page_is_one_file_without_network(trained: tuple[Path, Path], tmp_path: Path):
@@ -203,7 +203,7 @@ def test_headline_in_the_terminal(trained: tuple[Path, Path]):
     text = printed(list(trained))
     cells = line_of(text, "two <b>bits")
     assert cells[2:6] == ["digits", "qfd", "2/2", "lsq"]
-    assert cells[8:] == ["51.25", "2.5", "4.0", "0.125", "0.25", "99.75", "1.5e-05"]
+    assert cells[8:] == ["51.25", "2.5", "4.0", "0.125 (batch 1)", "0.25", "99.75", "1.5e-05"]
     cells = line_of(text, "float")
     assert cells[3:6] == ["float", "32/32", "float"]
     assert cells[8:] == ["–"] * 7
@@ -261,6 +261,14 @@ def test_settings_that_differ(tmp_path: Path):
     start = texts.index("settings.lr")
     assert texts[start : start + 3] == ["settings.lr", "0.1", "0.2"]
     assert "settings.seed" not in texts
+
+
+def test_a_page_in_a_folder_that_is_missing(tmp_path: Path):
+    """As export does: whoever mistypes a path does not want its folders."""
+    run = run_folder(tmp_path / "a", [])
+    with pytest.raises(ValueError, match=r"output must be in a folder that exists, got '.*nowhere/r\.html'"):
+        report([run], tmp_path / "nowhere" / "r.html")
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("make", [report, lambda folders, output: comparison(folders)])

@@ -61,7 +61,8 @@ def _size_ratio(run: Run) -> str:
 
 def _latency(run: Run) -> str:
     value = number(run.latency, "latency_ms") if run.latency else None
-    return "" if value is None else f"{value:.3f}"
+    batch = number(run.latency, "batch_size") if run.latency else None
+    return "" if value is None else f"{value:.3f}" + ("" if batch is None else f" (batch {batch:.0f})")
 
 
 def _latency_ratio(run: Run) -> str:

@@ -83,20 +83,21 @@ def report(folders: Sequence[Path], output: Path) -> Path:
 
     Args:
         folders: of the runs, in the order in which they are shown.
-        output: the page; written whole or not at all. Its folder is made where it is missing.
+        output: the page; written whole or not at all, into a folder that exists.
 
     Returns:
         ``output``.
 
     Raises:
-        ValueError: no folder, a folder without a run, a damaged file, or an output that is a folder.
+        ValueError: no folder, a folder without a run, a damaged file, or an output that is a folder or in none.
     """
     runs = read_runs(folders)
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"output must be a file, got the folder {output}; pass {output / 'report.html'}")
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in a folder that exists, got {str(output)!r}")
     content = _page(runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, content.encode())
     return output
 
