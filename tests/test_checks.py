@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ MISFITS: list[tuple[Any, Any, type[Exception], str]] = [
     (2.0, int, TypeError, "it must be a whole number, got 2.0 (float)"),
     ("3", float, TypeError, "it must be a number, got '3' (str)"),
     (torch.tensor(1.0), float, TypeError, "it must be a number, got tensor(1.) (Tensor)"),
+    (numpy.zeros(99), Tensor, TypeError, "it must be a Tensor, got a ndarray"),
     (None, float, TypeError, "it must be a number, got None"),
     (math.nan, float, ValueError, "it must be a number, got nan"),
     (math.inf, Positive, ValueError, "it must be a number above 0, got inf"),

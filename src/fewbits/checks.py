@@ -20,6 +20,9 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 from torch import nn
 
+LONG = 60
+"""Characters of a value that a message shows; of an array it names the type."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -63,8 +66,7 @@ def check(name: str, value: object, kind: Any) -> None:
     hints = "".join(f"; {hint}" for hint in _hints(kind))
     if _fits(value, kind, False):
         raise ValueError(f"{name} must be {_words(kind)}, got {value!r}{hints}")
-    got = repr(value) if value is None else f"{value!r} ({type(value).__name__})"
-    raise TypeError(f"{name} must be {_words(kind)}, got {got}{hints}")
+    raise TypeError(f"{name} must be {_words(kind)}, got {_shown(value)}{hints}")
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, object], prefix: str = "") -> None:
@@ -151,6 +153,13 @@ def _fits(value: object, kind: Any, whole: bool) -> bool:
     kind = type(None) if kind is None else origin or kind
     is_open = kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False)
     return is_open or isinstance(value, kind)
+
+
+def _shown(value: object) -> str:
+    text, name = repr(value), type(value).__name__
+    if len(text) > LONG or "\n" in text:
+        return f"a {name}"
+    return text if value is None else f"{text} ({name})"
 
 
 def _words(kind: Any) -> str:

@@ -12,12 +12,16 @@ import torch
 from PIL import Image
 
 from fewbits.cli import main
-from fewbits.commands import COMMANDS, load_run
+from fewbits.commands import COMMANDS, load_run, run_data
 from fewbits.commands.train import parse_options
 from fewbits.recipes import RECIPES
 
 SHORT = ["--epochs", "2", "--batch-size", "32", "--lr", "0.1", "--warmup-steps", "5", "--per-class", "60"]
 SHORT += ["--no-progress", "--no-tensorboard"]
+
+
+PLAIN = ["--model", "resnet20", "--data", "digits"]
+FLOAT = [*PLAIN, "--recipe", "float"]
 
 
 def run(*arguments: object) -> int:
@@ -85,19 +89,75 @@ def test_export_bench_summary_and_report(teacher, student, capsys):
     assert exported["size_bytes"] == (student / "student.onnx").stat().st_size < 120_000
     assert abs(exported["accuracy_engine"] - exported["accuracy_pytorch"]) <= 0.003  # one of 360 digits
     assert run("bench", student, "--repeats", 3, "--batch-sizes", 1, 4) == 0
+    assert "student and float are the same network" not in capsys.readouterr().out
     assert {row["name"] for row in json.loads((student / "bench.json").read_text())["rows"]} == {"float", "student"}
+    assert run("bench", teacher, "--repeats", 1, "--batch-sizes", 1) == 0
+    printed = capsys.readouterr().out
+    assert "This run is a float network: student and float are the same network" in " ".join(printed.split())
+    assert "low-bit" not in printed
     assert run("summary", "--run", student) == 0
     assert run("report", teacher, student) == 0
     page = (teacher / "report.html").read_text()
     assert "plain" in page
     assert "<script src=" not in page  # self-contained
-    assert "layer1.0.conv1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "layer1.0.conv1" in printed
+    assert "(batch 1)" in printed
 
 
-def test_resume_of_a_finished_run_changes_nothing(student, teacher):
+def test_resume_of_a_finished_run_changes_nothing(student, teacher, capsys):
     before = {p: p.read_bytes() for p in student.glob("*.*")}
     assert run(*student_of(teacher, student, "--resume")) == 0
     assert {p: p.read_bytes() for p in before} == before
+    end = json.loads((student / "metrics.jsonl").read_text().splitlines()[-1])
+    said = f"accuracy {100 * end['accuracy']:.2f} %, best {100 * end['best_accuracy']:.2f} %; the run is in {student}"
+    assert said in capsys.readouterr().out  # though it was asked for no progress
+
+
+def test_training_without_progress_says_what_came_of_it(teacher, tmp_path, capsys):
+    assert run(*student_of(teacher, tmp_path / "short", "--epochs", "0.1")) == 0
+    assert capsys.readouterr().out.strip().endswith(f"%; the run is in {tmp_path / 'short'}")
+
+
+def test_options_without_an_effect_are_refused(student, teacher, tmp_path, capsys):
+    assert run(*student_of(teacher, tmp_path / "x", "--scratch")) == 1
+    assert "scratch has no effect: the student starts from its teacher, run float (resnet20)" in message(capsys)
+    assert run("summary", "--run", student, "--model", "resnet20", "--weights", 2) == 1
+    assert "run and --model, --weights exclude each other" in message(capsys)
+    arguments = ["compare", *PLAIN, "--recipes", "plain", "--teacher-epochs", 1, "--scratch"]
+    assert run(*arguments, "--output", tmp_path / "c") == 1
+    assert "scratch and teacher_epochs exclude each other" in message(capsys)
+
+
+def test_a_teacher_of_other_images_is_told_by_its_tensors(teacher, tmp_path, capsys):
+    """Found: "of another architecture", without a word on what differs."""
+    data = tmp_path / "colour"
+    for label in ("cats", "dogs"):
+        (data / label).mkdir(parents=True)
+        for number in range(10):
+            picture = np.full((8, 8, 3), 20 * number, dtype=np.uint8)
+            Image.fromarray(picture).save(data / label / f"{number}.png")
+    code = run("train", "--model", "resnet20", "--data", f"folder:{data}", "--image-size", 8, "--teacher", teacher,
+               "--batch-size", 4, "--output", tmp_path / "out")  # fmt: skip
+    assert code == 1
+    assert "conv1.weight is (16, 1, 3, 3) in the teacher, (16, 3, 3, 3) in the student" in message(capsys)
+
+
+def test_a_run_on_a_folder_is_read_from_another_directory(tmp_path, monkeypatch, capsys):
+    """Found: the folder was kept as it was typed."""
+    rng = np.random.default_rng(0)
+    for label in ("cats", "dogs"):
+        (tmp_path / "good" / label).mkdir(parents=True)
+        for number in range(10):
+            picture = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / "good" / label / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    code = run("train", "--model", "resnet20", "--data", "folder:good", "--image-size", 8, "--recipe", "float",
+               "--lr", 1e-4, "--epochs", 1, "--batch-size", 4, "--output", tmp_path / "run")  # fmt: skip
+    assert code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_data(tmp_path / "run").num_classes == 2
 
 
 def test_resume_with_other_settings_names_them(student, teacher, capsys):
@@ -131,18 +191,28 @@ def test_a_folder_with_a_run_is_not_overwritten(student, teacher, capsys):
         (["--model", "resnet20", "--data", "digits", "--options", "wait=1"], "no option 'wait'"),
         (["--model", "resnet20", "--data", "digits", "--scratch", "--batch-size", "99999"], "batch_size"),
         (["--model", "resnet20", "--data", "digits", "--residual", "many"], "residual must be"),
-        (["--model", "resnet20", "--data", "folder:nowhere"], "nowhere"),
+        (["--model", "resnet20", "--data", "folder:nowhere"], "nowhere is not a folder (looked for /"),
+        ([*FLOAT, "--teacher", "x"], "recipe 'float' takes no teacher, got x; to start from its weights pass --checkp"),
+        ([*FLOAT, "--weights", 2, "--keep", "fc"], "so --weights, --keep would have no effect; leave that out"),
+        ([*PLAIN, "--options", "label_smoothing=2"], "fewbits: label_smoothing must be a number from 0 to 1, got 2"),
+        ([*PLAIN, "--lr", "-1"], "fewbits: lr must be a number above 0, got -1.0"),
+        ([*PLAIN, "--batch-size", 10, "--accumulate", 4], "fewbits: batch_size must be a multiple of accumulate"),
+        ([*PLAIN, "--seed", "9" * 23], "fewbits: seed must be a whole number from 0 to 2^63 - 1, got 9999"),
+        ([*PLAIN, "--milestones", 0.5, 3], "fewbits: milestones must be a list, each a number between 0 and 1"),
+        ([*PLAIN, "--scratch", "--checkpoint", "x.pt"], "scratch and checkpoint exclude each other"),
     ],
 )
 def test_bad_arguments_say_what_is_allowed(arguments, said, capsys, tmp_path):
     assert run("train", *arguments, "--output", tmp_path / "out", "--no-progress") == 1
-    assert said in message(capsys)
-    assert not (tmp_path / "out" / "student.safetensors").exists()
+    printed = message(capsys)
+    assert said in printed
+    assert "tyro" not in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_usage_leaves_with_two():
     named = ["train", "--model", "resnet20", "--data", "digits"]
-    for arguments in (["trane"], ["train"], [*named, "--weights", "four"], [*named, "--lr", "-1"]):
+    for arguments in (["trane"], ["train"], [*named, "--weights", "four"], [*named, "--optimizer", "adam"]):
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 2

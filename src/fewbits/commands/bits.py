@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast, get_args
 
 from torch import nn
 
 from ..blocks import Branch, bireal
-from ..convert import Plan
+from ..convert import FLOAT_BITS, Plan
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Bits:
     keep: tuple[str, ...] = ()
     granularity: str = "tensor"
     blocks: str = "none"
+
+    def given(self) -> list[str]:
+        """The options that were changed, as they are written, for whoever takes none; 32 bits ask for nothing."""
+        names = [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, FLOAT_BITS)]
+        return [f"--{name}" for name in names]
 
     def plan(self, quantizer: str | None = None) -> Plan:
         """The plan that these options make.

@@ -22,8 +22,9 @@ from ..report.runs import read_runs
 from ..training import Settings
 from ..training.checkpoint import write_file
 from ..training.folder import STUDENT, as_data
+from .bits import Bits
 from .show import wide_console
-from .train import DEFAULT_RUNS, Train, load_data, own_quantizer, parse_options, train
+from .train import DEFAULT_RUNS, Train, load_data, own_quantizer, parse_options, trained
 
 JSON, MARKDOWN = "comparison.json", "comparison.md"
 MEASUREMENTS = 9
@@ -132,7 +133,7 @@ def compare(config: Compare) -> list[Row]:
         for arm in arms:
             number += 1
             say(f"run {number} of {len(arms) * len(seeds)}: {arm.name}, seed {seed}", highlight=False)
-            train(_run(config, arm, seed, teacher), data)
+            trained(_run(config, arm, seed, teacher), data)
             # After each run, not at the end: whoever stops early has the table of what there is.
             found = _write(config, arms, seeds)
     table = wide_console()
@@ -153,6 +154,8 @@ def _check_start(config: Compare, arms: Sequence[Contender]) -> None:
     if config.teacher_epochs is not None:
         if config.teacher is not None:
             raise ValueError("teacher and teacher_epochs exclude each other: use a teacher, or train one")
+        if config.scratch:
+            raise ValueError("scratch and teacher_epochs exclude each other: the network that is trained is the start")
         return
     for_teacher = [arm.name for arm in arms if arm.recipe.teacher.needs_teacher]
     for_start = any(arm.recipe.quantized for arm in arms) and not config.scratch and config.checkpoint is None
@@ -183,8 +186,8 @@ def _teacher(config: Compare, seed: int, data: Dataset) -> Path | None:
         Console(stderr=True, quiet=not config.progress).print(f"training the float network in {folder}")
     settings = replace(config.settings, epochs=config.teacher_epochs, seed=seed, gradient_shares=0)
     # Double shortcuts are the students': they start from the plain network, which stays their teacher.
-    bits = replace(config.bits, blocks="none")
-    train(replace(_train(config), recipe="float", bits=bits, output=folder, resume=True, settings=settings), data)
+    bits = Bits()
+    trained(replace(_train(config), recipe="float", bits=bits, output=folder, resume=True, settings=settings), data)
     return folder
 
 
@@ -194,6 +197,7 @@ def _run(config: Compare, arm: Contender, seed: int, teacher: Path | None) -> Tr
     return replace(
         _train(config),
         recipe=arm.recipe_name,
+        bits=config.bits if arm.recipe.quantized else Bits(blocks=config.bits.blocks),
         options=arm.options,
         teacher=teacher if arm.recipe.quantized or arm.recipe.teacher.needs_teacher else None,
         output=_folder(config, arm, seed),

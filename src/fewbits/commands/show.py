@@ -94,6 +94,9 @@ class Recipes:
 def summary(config: Summary) -> LayerSummary:
     """Carry out ``config``; for a run, ``summary.json`` is left in its folder."""
     if config.run is not None:
+        given = (["--model"] if config.model is not None else []) + config.bits.given()
+        if given:
+            raise ValueError(f"run and {', '.join(given)} exclude each other: a run knows its network and its bits")
         network, _ = load_run(config.run)
         described = read_json(config.run / RUN)["data"]
         shape = (1, described["channels"], described["image_size"], described["image_size"])

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from rich.console import Console
 from torch import Tensor, nn
 
 from .. import data as datasets
@@ -23,6 +25,8 @@ from .bits import Bits, with_blocks
 from .runs import load_run
 
 DEFAULT_RUNS = Path("runs")
+SHOWN = 3
+"""Differences between two networks that a message lists."""
 
 QUANTIZERS = {"dtq": "minmax", "blockwise": "bireal"}
 """Recipes that are made for another quantizer than lsq: what --quantizer defaults to."""
@@ -107,15 +111,34 @@ class Source:
 
     def fits(self, student: nn.Module) -> bool:
         """Whether the student is of the same architecture, the classifier's shape apart."""
+        return not self.differences(student)
+
+    def differences(self, student: nn.Module) -> list[str]:
+        """The tensors that keep the student from starting here, by name, with shapes."""
         mine, theirs = self.model.state_dict(), student.state_dict()
         heads = tuple(f"{head}." for head in models.classifiers(student))
-        return mine.keys() == theirs.keys() and all(
-            mine[name].shape == theirs[name].shape for name in mine if not name.startswith(heads)
-        )
+        return [
+            *(
+                f"{name} is {tuple(mine[name].shape)} in the teacher, {tuple(theirs[name].shape)} in the student"
+                for name in mine
+                if name in theirs and mine[name].shape != theirs[name].shape and not name.startswith(heads)
+            ),
+            *(f"the student has no {name}" for name in mine if name not in theirs),
+            *(f"the teacher has no {name}" for name in theirs if name not in mine),
+        ]
 
 
-def train(config: Train, data: Dataset | None = None) -> Result:
-    """Carry out ``config``: build or load the networks, train, leave a run folder.
+def train(config: Train) -> Result:
+    """Carry out ``config`` and print what came of it; see ``trained``."""
+    result = trained(config)
+    if PartialState().is_main_process:
+        best = f"accuracy {100 * result.accuracy:.2f} %, best {100 * result.best_accuracy:.2f} %"
+        Console(soft_wrap=True).print(f"{best}; the run is in {result.folder}", highlight=False, markup=False)
+    return result
+
+
+def trained(config: Train, data: Dataset | None = None) -> Result:
+    """Build or load the networks, train, leave a run folder.
 
     Args:
         config: the command.
@@ -126,6 +149,8 @@ def train(config: Train, data: Dataset | None = None) -> Result:
     """
     recipe = make(config.recipe, parse_options(config.options))
     plan = config.bits.plan(own_quantizer(config.recipe)) if recipe.quantized else None
+    if not recipe.quantized:
+        _check_float(config)
     data = load_data(config) if data is None else data
     torch.manual_seed(config.settings.seed)
     student = build(config.model, data)
@@ -140,15 +165,25 @@ def train(config: Train, data: Dataset | None = None) -> Result:
         student = with_blocks(student, config.bits.blocks)
     start = "random"
     if config.checkpoint is not None:
+        if config.scratch:
+            raise ValueError("scratch and checkpoint exclude each other: start from random weights, or from a file")
         _start_from(student, models.load_weights(config.checkpoint))
         start = str(config.checkpoint)
     elif source is not None and source.fits(student):
+        if config.scratch:
+            raise ValueError(
+                f"scratch has no effect: the student starts from its teacher, {source.description}, which is of its "
+                "own architecture; leave --scratch out"
+            )
         _start_from(student, source.model.state_dict())
         start = source.description
     elif config.teacher is not None and not config.scratch:
+        wrong = source.differences(student) if source is not None else []
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ValueError(
-            f"teacher {config.teacher} is of another architecture than --model {config.model}, or quantized, so the "
-            "student cannot start from it; give its own float weights with --checkpoint, or start it from --scratch"
+            f"teacher {config.teacher} is of another architecture than --model {config.model} for this data, or "
+            f"quantized, so the student cannot start from it: {'; '.join(wrong[:SHOWN])}{more}; give the student float "
+            "weights of its own with --checkpoint, or start it from --scratch"
         )
     elif not config.scratch and recipe.quantized and (own := _own_weights(config, data)) is not None:
         _start_from(student, own.model.state_dict())
@@ -180,11 +215,32 @@ def train(config: Train, data: Dataset | None = None) -> Result:
             "teacher": source.description if teacher is not None and source else None,
             "recipe_name": config.recipe,
             "recipe_options": parse_options(config.options),
-            "data_source": config.data,
+            "data_source": _anywhere(config.data),
             "hold_out": config.hold_out,
             "per_class": config.per_class,
         },
     )
+
+
+def _check_float(config: Train) -> None:
+    """Options that a float network has no use for are mistakes: whoever gives them expects something else."""
+    if config.teacher is not None:
+        raise ValueError(
+            f"recipe {config.recipe!r} takes no teacher, got {config.teacher}; to start from its weights pass "
+            "--checkpoint"
+        )
+    if given := [name for name in config.bits.given() if name != "--blocks"]:
+        raise ValueError(
+            f"recipe {config.recipe!r} trains a float network, so {', '.join(given)} would have no effect; leave that "
+            "out, or take another recipe, plain for example"
+        )
+
+
+def _anywhere(data: str) -> str:
+    """A data set's name as it holds in every directory: a folder's path is absolute."""
+    if data in datasets.SOURCES:
+        return data
+    return f"folder:{Path(data.removeprefix('folder:')).expanduser().absolute()}"
 
 
 def own_quantizer(recipe: str) -> str | None:

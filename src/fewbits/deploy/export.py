@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
 from ..quantizers import Quantizer
@@ -61,9 +62,13 @@ def export(
     Raises:
         ImportError: the extra ``onnx`` is not installed.
         ParityError: the engine computes something else; no file is left.
+        TypeError: a student that is no network, an example that is no tensor.
         ValueError: another suffix, engine, shape or range of pixels than allowed; NaN in the student; a network that
             cannot be followed.
     """
+    checks.check_network("student", student)
+    checks.check("example", example, Tensor)
+    checks.check("minimum_equal", minimum_equal, checks.UnitInterval)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     target = Path(path)
