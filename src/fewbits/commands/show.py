@@ -28,8 +28,8 @@ from ..training import read_json
 from ..training.folder import RUN
 from .bits import Bits, with_blocks
 from .runs import load_run
+from .source import build
 from .tables import print_table
-from .train import build
 
 WIDE = 200
 """Columns of a table where no terminal says how wide it is: a log, a pipe."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +11,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from torch import Tensor, nn
 
 from .. import data as datasets
 from .. import models
 from ..convert import quantize
-from ..data import Dataset, Normalisation
+from ..data import Dataset
 from ..recipes import make
-from ..training import Result, Settings, fit, read_json
-from ..training.folder import RUN
+from ..training import Result, Settings, fit
 from .bits import Bits, with_blocks
-from .runs import load_run
+from .source import SHOWN, Source, build, load_teacher, own_weights, start_from
 
 DEFAULT_RUNS = Path("runs")
-SHOWN = 3
-"""Differences between two networks that a message lists."""
 
 QUANTIZERS = {"dtq": "minmax", "blockwise": "bireal"}
 """Recipes that are made for another quantizer than lsq: what --quantizer defaults to."""
@@ -101,33 +96,6 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-@dataclass(frozen=True)
-class Source:
-    """A float network that exists: the student's start, and the teacher."""
-
-    model: nn.Module
-    normalisation: Normalisation | None
-    description: str
-
-    def fits(self, student: nn.Module) -> bool:
-        """Whether the student is of the same architecture, the classifier's shape apart."""
-        return not self.differences(student)
-
-    def differences(self, student: nn.Module) -> list[str]:
-        """The tensors that keep the student from starting here, by name, with shapes."""
-        mine, theirs = self.model.state_dict(), student.state_dict()
-        heads = tuple(f"{head}." for head in models.classifiers(student))
-        return [
-            *(
-                f"{name} is {tuple(mine[name].shape)} in the teacher, {tuple(theirs[name].shape)} in the student"
-                for name in mine
-                if name in theirs and mine[name].shape != theirs[name].shape and not name.startswith(heads)
-            ),
-            *(f"the student has no {name}" for name in mine if name not in theirs),
-            *(f"the teacher has no {name}" for name in theirs if name not in mine),
-        ]
-
-
 def train(config: Train) -> Result:
     """Carry out ``config`` and print what came of it; see ``trained``."""
     result = trained(config)
@@ -167,7 +135,7 @@ def trained(config: Train, data: Dataset | None = None) -> Result:
     if config.checkpoint is not None:
         if config.scratch:
             raise ValueError("scratch and checkpoint exclude each other: start from random weights, or from a file")
-        _start_from(student, models.load_weights(config.checkpoint))
+        start_from(student, models.load_weights(config.checkpoint))
         start = str(config.checkpoint)
     elif source is not None and source.fits(student):
         if config.scratch:
@@ -175,7 +143,7 @@ def trained(config: Train, data: Dataset | None = None) -> Result:
                 f"scratch has no effect: the student starts from its teacher, {source.description}, which is of its "
                 "own architecture; leave --scratch out"
             )
-        _start_from(student, source.model.state_dict())
+        start_from(student, source.model.state_dict())
         start = source.description
     elif config.teacher is not None and not config.scratch:
         wrong = source.differences(student) if source is not None else []
@@ -185,8 +153,8 @@ def trained(config: Train, data: Dataset | None = None) -> Result:
             f"quantized, so the student cannot start from it: {'; '.join(wrong[:SHOWN])}{more}; give the student float "
             "weights of its own with --checkpoint, or start it from --scratch"
         )
-    elif not config.scratch and recipe.quantized and (own := _own_weights(config, data)) is not None:
-        _start_from(student, own.model.state_dict())
+    elif not config.scratch and recipe.quantized and (own := _source(config, data, False)) is not None:
+        start_from(student, own.model.state_dict())
         start = own.description
     elif recipe.quantized and not config.scratch:
         raise ValueError(_no_start(config))
@@ -243,6 +211,13 @@ def _anywhere(data: str) -> str:
     return f"folder:{Path(data.removeprefix('folder:')).expanduser().absolute()}"
 
 
+def _source(config: Train, data: Dataset, own_classes: bool) -> Source | None:
+    """The trained float network: ``--teacher``, else the model's own weights for this data."""
+    if config.teacher is not None:
+        return load_teacher(config.teacher, config.model, data, own_classes)
+    return own_weights(config.model, config.data, data, config.data_root, own_classes)
+
+
 def own_quantizer(recipe: str) -> str | None:
     """The quantizer that a recipe by name is made for; None leaves it to ``Plan.of``."""
     return next((QUANTIZERS[part] for part in recipe.split("+") if part in QUANTIZERS), None)
@@ -256,77 +231,6 @@ def load_data(config: Train) -> Dataset:
     if config.per_class:
         data = data.per_class(config.per_class, seed=config.settings.seed)
     return data
-
-
-def build(model: str, data: Dataset) -> nn.Module:
-    """A network by name, adapted to the data's channels and classes."""
-    return models.build(model, num_classes=data.num_classes, channels=data.channels, image_size=data.image_size)
-
-
-def _source(config: Train, data: Dataset, own_classes: bool) -> Source | None:
-    """The trained float network: ``--teacher``, else the model's own weights for this data."""
-    if config.teacher is not None:
-        return load_teacher(config.teacher, config.model, data, own_classes)
-    return _own_weights(config, data, own_classes)
-
-
-def _own_weights(config: Train, data: Dataset, own_classes: bool = False) -> Source | None:
-    own = models.pretrained(config.model, config.data, config.data_root)
-    if own is None:
-        return None
-    state, normalisation = own
-    model = _with_weights(config.model, state, data, own_classes)
-    return Source(model, normalisation, f"pretrained {config.model}")
-
-
-def _with_weights(name: str, state: dict[str, Tensor], data: Dataset, own_classes: bool) -> nn.Module:
-    """The network of ``state``; its classifier is for the data's classes, or for those that it was trained on."""
-    model = build(name, data)
-    weight = f"{models.classifiers(model)[0]}.weight"
-    if own_classes and weight in state and len(state[weight]) != data.num_classes:
-        model = models.build(name, num_classes=len(state[weight]), channels=data.channels, image_size=data.image_size)
-    fresh = models.adapt(model, state)
-    if fresh:
-        _warn_fresh(fresh)
-    return model
-
-
-def load_teacher(path: Path, model: str, data: Dataset, own_classes: bool = False) -> Source:
-    """A teacher from a run folder (its own architecture and normalisation) or from a weights file of ``model``.
-
-    Args:
-        path: of either.
-        model: the network's name, for a weights file.
-        data: what is trained on.
-        own_classes: keep the classes that the teacher was trained on, as a run folder's always does.
-
-    Raises:
-        ValueError: it is not there, damaged, or of another architecture.
-    """
-    if not path.exists():
-        raise ValueError(f"teacher {path} does not exist; give a run folder or a .safetensors, .pt or .th file")
-    if path.is_dir():
-        run = read_json(path / RUN)
-        network, normalisation = load_run(path)
-        return Source(network, normalisation, f"run {path.name} ({run.get('model')})")
-    state = models.load_weights(path)
-    network = _with_weights(model, state, data, own_classes)
-    own = models.pretrained(model, data.name)
-    # Weights that are the model's own file need the normalisation that they were trained with.
-    same = own is not None and all(torch.equal(own[0][n], state[n]) for n in state if n in own[0])
-    return Source(network, own[1] if own and same else None, path.name)
-
-
-def _start_from(student: nn.Module, state: dict[str, Tensor]) -> None:
-    fresh = models.adapt(student, state)
-    if fresh:
-        _warn_fresh(fresh)
-
-
-def _warn_fresh(names: list[str]) -> None:
-    warnings.warn(
-        f"the classifier has another shape than the given weights and starts fresh: {', '.join(names)}", stacklevel=3
-    )
 
 
 def _no_start(config: Train) -> str:
