@@ -46,6 +46,18 @@ class Residual(nn.Module):
         return self.head(torch.flatten(self.pool(x), 1))
 
 
+class Block(nn.Module):
+    """Two convolutions and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + x)
+
+
 class Plain(nn.Module):
     """A chain of convolutions given by the test, between a stem and a classifier."""
 

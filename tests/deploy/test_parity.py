@@ -1,11 +1,15 @@
 """The yardstick itself: what counts as one step."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 from torch import nn
 
-from fewbits.deploy import graph, onnx, parity
+from fewbits.deploy import export, graph, onnx, parity
 
-from .networks import Plain, images, student
+from .networks import Block, Plain, images, student
 
 
 @pytest.mark.parametrize(("method", "bits"), [("sign", 1), ("lsq", 1), ("lsq", 4)])
@@ -22,3 +26,20 @@ def test_neighbouring_codes_are_one_step_apart(method: str, bits: int):
     row = next(r for r in parity.compare(built.proto, expected, x, built.cuts).codes if r.name == cut.quantizer)
     assert row.largest == 1.0
     assert row.equal == pytest.approx(1 - 1 / codes.size)
+
+
+def test_layers_that_agree_get_more_care_where_predictions_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, x = student(Plain(*(Block() for _ in range(6))), 4, 4), images(256)
+    compare, seen = parity.compare, []
+
+    def differs_at_first(*arguments: Any) -> parity.Parity:
+        found = compare(*arguments)
+        seen.append(found)
+        return found if len(seen) > 1 else replace(found, equal_predictions=0.9, mean_difference=1.0)
+
+    monkeypatch.setattr(parity, "compare", differs_at_first)
+    found = export(model, tmp_path / "student.onnx", example=x, normalisation=None)
+    assert not parity.wrong_rows(seen[0])
+    assert min(row.equal for row in seen[0].codes) < 1
+    assert min(row.equal for row in found.codes) > min(row.equal for row in seen[0].codes)
+    assert all(row.reason == "" for row in found.layers)  # none had to leave the integer kernels

@@ -18,11 +18,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import models
-from ..convert import float_state
+from ..convert import Plan, float_state, plan_of
 from ..data import Dataset, Normalisation
 from ..training import accuracy, read_json
 from ..training.folder import RUN
 from .runs import float_architecture, load_run, restructured, run_data
+
+DEFAULT_ENGINE = "onnxruntime"
 
 PARITY_IMAGES = 256
 """Real test images that every export is compared on, layer by layer."""
@@ -37,8 +39,9 @@ class Export:
 
     Args:
         run: a finished run folder.
-        engine: onnxruntime.
-        output: the file; by default student.onnx in the run folder.
+        engine: onnxruntime or openvino.
+        output: the file; by default student.onnx in the run folder, for openvino student-openvino.onnx, which it reads
+            as well, or student-openvino.xml with a .bin beside it for binary networks, which ONNX has no words for.
         minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
             hardly learned, whose classes are a hair apart.
         freeze_ranges: fix the ranges that DTQ's min-max finds anew in every batch, so that integers can be used:
@@ -59,7 +62,8 @@ class Bench:
     """Measure size, load time and latency of an exported run beside the float network, in one interleaved run.
 
     Args:
-        run: a run folder; it is exported first if that has not been done.
+        run: a run folder; it is exported for ONNX Runtime first if that has not been done. A file for OpenVINO that
+            lies there takes part, beside the float network in that engine.
         threads: of the engine.
         batch_sizes: images at a time.
         repeats: measurements of each.
@@ -88,7 +92,7 @@ def export(config: Export) -> dict[str, Any]:
     data = run_data(config.run, config.data_root)
     if config.freeze_ranges:
         student = freeze_ranges(student, _training_images(config.run, data, normalisation))
-    path = config.output or config.run / "student.onnx"
+    path = config.output or config.run / default_name(config.engine, plan_of(student))
     images = data.pixels(PARITY_IMAGES)
     exported = export_student(
         student,
@@ -109,9 +113,18 @@ def export(config: Export) -> dict[str, Any]:
     }
     report |= {"format": 1, "num_images": PARITY_IMAGES, "machine": machine()}
     report.pop("path", None)
-    (config.run / "export.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    name = "export.json" if config.engine == DEFAULT_ENGINE else f"export-{config.engine}.json"
+    (config.run / name).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     Console().print(_export_table(report), highlight=False)
     return report
+
+
+def default_name(engine: str, plan: Plan | None) -> str:
+    """Of a run's file for an engine."""
+    if engine == DEFAULT_ENGINE:
+        return "student.onnx"
+    is_binary = plan is not None and plan.weights == plan.activations == 1
+    return f"student-{engine}.xml" if is_binary else f"student-{engine}.onnx"
 
 
 def _export_table(report: dict[str, Any]) -> Table:
@@ -134,6 +147,9 @@ def _export_table(report: dict[str, Any]) -> Table:
     table.add_row("layers on integer kernels", f"{len(kernels) - len(reasons)} of {len(kernels)}")
     for reason in reasons:
         table.add_row("in float", reason)
+    for layer in kernels:
+        if layer.get("note"):
+            table.add_row("not on the binary kernel", f"{layer['name']}: {layer['note']}")
     return table
 
 
@@ -152,8 +168,15 @@ def bench(config: Bench) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as elsewhere:
         float_path = Path(elsewhere) / "float.onnx"
         export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
+        files = {"float": float_path, "student": path}
+        other = config.run / default_name("openvino", plan_of(student))
+        if other.exists():
+            float_other = Path(elsewhere) / "float.xml"
+            network = float_network(config.run, student)
+            export_student(network, float_other, example=images[:64], normalisation=normalisation, engine="openvino")
+            files |= {"float, openvino": float_other, "student, openvino": other}
         rows = bench_files(
-            {"float": float_path, "student": path},
+            files,
             images,
             threads=config.threads,
             batch_sizes=config.batch_sizes,
@@ -179,8 +202,10 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         console.print("This run is a float network: student and float are the same network, and their ratio is noise.")
         return entries
     for row in entries:
-        if row["name"] != "float" and row["ratio"] > 1:
-            console.print(f"At batch {row['batch_size']} the low-bit network is slower than float on this machine.")
+        if row["name"].startswith("student") and row["ratio"] > 1:
+            console.print(
+                f"At batch {row['batch_size']} the low-bit network ({row['name']}) is slower than float here."
+            )
     return entries
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .sessions import open_session
+from .engines import ENGINES, Session, engine_of
 
-INPUT = "images"
+INPUT, OUTPUT = "images", "logits"
 ROUNDS = 3
 """How often each file's turn comes; what slows the machine down for a while then hits all of them."""
 
@@ -93,12 +93,12 @@ def bench(
             latency = statistics.median(times[name, size])
             load, ratio = statistics.median(loads[name]), latency / reference
             verdict = "" if name == first else _verdict(first, ratio)
-            rows.append(BenchRow(name, size, threads, path.stat().st_size, load, latency, ratio, verdict))
+            rows.append(BenchRow(name, size, threads, size_of(path), load, latency, ratio, verdict))
     return rows
 
 
 def accuracy(path: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tensor]], *, threads: int = 1) -> float:
-    """Share of images that the file classifies rightly, in ONNX Runtime.
+    """Share of images that the file classifies rightly, in the engine that the file is for.
 
     Args:
         path: an exported file.
@@ -115,12 +115,18 @@ def accuracy(path: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tenso
     session = _open(Path(path), threads)
     right = total = 0
     for images, labels in batches:
-        (logits,) = session.run(None, {INPUT: images.detach().cpu().float().numpy()})
+        logits = session.run({INPUT: images.detach().cpu().float().numpy()})[OUTPUT]
         right += int((logits.argmax(-1) == labels.detach().cpu().numpy()).sum())
         total += len(labels)
     if total == 0:
         raise ValueError("batches holds no image; accuracy needs at least one")
     return right / total
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, and of the weights that OpenVINO keeps beside its own."""
+    weights = path.with_suffix(".bin")
+    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" and weights.is_file() else 0)
 
 
 def _turn(path: Path, batches: Mapping[int, Any], threads: int, repeats: int) -> tuple[float, dict[int, list[float]]]:
@@ -131,11 +137,11 @@ def _turn(path: Path, batches: Mapping[int, Any], threads: int, repeats: int) ->
     measured: dict[int, list[float]] = {}
     for size, images in batches.items():
         feed = {INPUT: images}
-        session.run(None, feed)  # the first run of a shape plans its memory
+        session.run(feed)  # the first run of a shape plans its memory
         values = []
         for _ in range(repeats):
             start = time.perf_counter()
-            session.run(None, feed)
+            session.run(feed)
             values.append(1e3 * (time.perf_counter() - start))
         measured[size] = values
     return loaded, measured
@@ -147,7 +153,5 @@ def _verdict(first: str, ratio: float) -> str:
     return f"{1 / ratio:.2f}x faster than {first}"
 
 
-def _open(path: Path, threads: int) -> Any:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; export first")
-    return open_session(path, threads=threads)
+def _open(path: Path, threads: int) -> Session:
+    return ENGINES[engine_of(path)].open(path, threads=threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -18,14 +19,14 @@ from .. import checks
 from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
 from ..quantizers import Quantizer
+from .engines import ENGINES, Engine
 from .result import Exported, LayerRow
-from .sessions import INTEGER_KERNELS, missing
+from .sessions import missing
 
 if TYPE_CHECKING:
     from . import fold, onnx, parity
     from .graph import Normalisation
 
-ENGINES = ("onnxruntime",)
 FLOAT_BITS = 32
 DYNAMIC = "the range of its input is found anew in every batch; freeze_ranges makes another method of it, on integers"
 MINIMUM_EQUAL = 0.995
@@ -50,11 +51,12 @@ def export(
 
     Args:
         student: a quantized and calibrated network; it is neither changed nor moved.
-        path: ends in ``.onnx``; a file that is there is replaced once the new one is proved.
+        path: ends in ``.onnx``, or for OpenVINO in ``.xml`` (with a ``.bin`` beside it, where the network has binary
+            convolutions the only way); a file that is there is replaced once the new one is proved.
         example: real images in 0..1, N x C x H x W; all of them serve as the proof, so 64 or more are better than one.
         normalisation: mean and std of the pixels that the student was trained with; by default what ``fit`` trained it
             with; None if it takes pixels in 0..1 as they are.
-        engine: ``"onnxruntime"``.
+        engine: ``"onnxruntime"`` or ``"openvino"``.
         check: whether to run the file and compare; a file that was not checked may be wrong.
         minimum_equal: share of images that must get the same prediction; of few images one may differ.
         class_names: go into the file's metadata.
@@ -72,8 +74,9 @@ def export(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     target = Path(path)
-    if target.suffix != ".onnx":
-        raise ValueError(f"path must end in .onnx for engine {engine!r}, got {target.name!r}")
+    chosen = ENGINES[engine]
+    if target.suffix not in chosen.suffixes:
+        raise ValueError(f"path must end in {' or '.join(chosen.suffixes)} for engine {engine!r}, got {target.name!r}")
     if not target.parent.is_dir():
         raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
     if normalisation == "trained":
@@ -82,7 +85,7 @@ def export(
     _check_numbers(student)
     _check_calibrated(student)
     try:
-        from . import fold, graph, onnx, parity, sessions  # noqa: F401
+        from . import fold, graph, onnx, parity  # noqa: F401
     except ImportError as error:
         raise missing(error) from error
 
@@ -90,28 +93,27 @@ def export(
     with torch.no_grad():
         _check_forward(network, graph.normalise(images[:1], normalisation), images)
     traced, metadata = graph.trace(network, images, normalisation), _metadata(student, class_names)
-    built, found = onnx.build(traced, network, metadata), None
+    built, found = chosen.build(traced, network, metadata, {}), None
     if check:
         expected = parity.reference(network, images, normalisation, built.cuts)
-        found = parity.compare(built.proto, expected, images, built.cuts)
+        found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         care: dict[str, fold.Care] = {}
-        while more := _more_care(built, found, care):
+        while more := _more_care(built, found, care, minimum_equal, len(images)):
             care |= more
-            built = onnx.build(traced, network, metadata, care)
-            found = parity.compare(built.proto, expected, images, built.cuts)
+            built = chosen.build(traced, network, metadata, care)
+            found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         parity.check(found, minimum_equal, len(images))
-    data = built.proto.SerializeToString(deterministic=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_bytes(data)
-        rows: tuple[LayerRow, ...] = _layers(network, built, sessions.kernels(data)[0])
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    rows: tuple[LayerRow, ...] = _layers(network, built, chosen)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        files = chosen.write(built, Path(folder) / target.name)
+        size = sum(file.stat().st_size for file in files)
+        # The file that names the others comes last.
+        for file in reversed(files):
+            os.replace(file, target.parent / file.name)
     theoretical, full = _sizes(network)
     return Exported(
         path=target,
-        size_bytes=len(data),
+        size_bytes=size,
         theoretical_bytes=theoretical,
         float_bytes=full,
         max_difference=found.max_difference if found else float("nan"),
@@ -194,26 +196,34 @@ def _metadata(student: nn.Module, class_names: Sequence[str]) -> dict[str, str]:
     return metadata
 
 
-def _more_care(built: onnx.Built, found: parity.Parity, care: Mapping[str, fold.Care]) -> dict[str, fold.Care]:
-    """The next step for layers whose codes differ in more than rounding explains; none when all is well."""
+def _more_care(
+    built: onnx.Built, found: parity.Parity, care: Mapping[str, fold.Care], minimum_equal: float, num_images: int
+) -> dict[str, fold.Care]:
+    """The next step for layers whose codes differ in more than rounding explains; none when all is well.
+
+    A deep network adds up what every layer is allowed: where the layers agree and the predictions do not, the layers
+    with any code that differs get what costs no integer kernel.
+    """
     from . import fold, parity
 
-    wrong = {row.name for row in parity.wrong_rows(found)}
+    wrong, highest = {row.name for row in parity.wrong_rows(found)}, fold.Care.FLOAT
+    if not wrong and parity.has_other_predictions(found, minimum_equal, num_images):
+        wrong, highest = {row.name for row in found.codes if row.equal < 1}, fold.Care.LIFTED
     layers = {built.layer_before(cut) for cut in built.cuts if parity.row_name(cut) in wrong} - {None}
     levels = {str(name): care.get(str(name), fold.Care.PLAIN) for name in layers}
-    return {name: fold.Care(level + 1) for name, level in levels.items() if level < fold.Care.FLOAT}
+    return {name: fold.Care(level + 1) for name, level in levels.items() if level < highest}
 
 
-def _layers(network: nn.Module, built: onnx.Built, readers: dict[str, str]) -> tuple[LayerRow, ...]:
-    rows, dynamic = [], _dynamic(network)
+def _layers(network: nn.Module, built: onnx.Built, engine: Engine) -> tuple[LayerRow, ...]:
+    rows, dynamic, kernels = [], _dynamic(network), engine.kernels(built)
     for site in built.sites:
         layer = network.get_submodule(site.layer)
         assert isinstance(layer, QuantLayer)
-        kernel = readers.get(str(site.weight.name)) or readers.get(str(site.result.name), "float")
+        kernel = kernels[site.layer]
         reason = DYNAMIC if f"{site.layer}.input_quantizer" in dynamic else site.reason
-        if not reason and kernel not in INTEGER_KERNELS:
-            reason = "ONNX Runtime does not fuse it, though its weights, input and output would allow it"
-        rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason))
+        if not reason and not engine.is_integer(kernel):
+            reason = "the engine does not fuse it, though its weights, input and output would allow it"
+        rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason, site.note))
     return tuple(rows)
 
 

@@ -24,7 +24,7 @@ Attributes = Mapping[str, Any]
 
 LIFTED_BITS = 5
 """From so many bits on weights leave no room for a factor; then the input's codes are shifted up to use all 8 bits, if
-they are fewer. Measured at 4 bits: half of the wrong codes for 20 to 40 % more time, so not there.
+they are fewer. At 4 bits it costs 20 to 40 % more time and is kept for layers that need it, see ``Care.LIFTED``.
 """
 
 STEM_CHANNELS, STEM_COPIES = 4, 8
@@ -47,12 +47,14 @@ class Site:
         weight: the int8 weights (float for grids that integers cannot serve).
         reason: why no integer kernel serves it; empty if one does.
         result: what the layer gives, batch norm included.
+        note: why it has not the kernel that one would expect, where an integer kernel serves it all the same.
     """
 
     layer: str
     weight: ir.Value
     reason: str
     result: ir.Value
+    note: str = ""
 
 
 class Care(IntEnum):
@@ -187,9 +189,11 @@ def _integer(
     care: Care,
 ) -> tuple[ir.Value, ir.Value] | None:
     """Weights times whole factors, per-channel scales, int32 bias; None where the bias does not fit."""
+    step = x.meta[GRID].scale
     if care is Care.LIFTED or grid.bits >= LIFTED_BITS:
         x = lifted(builder, x)
     input_grid: Grid = x.meta[GRID]
+    stride = round(step / input_grid.scale)
     largest_input = max(input_grid.highest - min(input_grid.lowest, input_grid.zero_point), 1)
     scale = np.broadcast_to(grid.scale, affine.factor.shape) * np.abs(affine.factor)
     # A channel whose factor or codes are zero is constant: no weights, and a scale that makes the bias exact enough.
@@ -201,7 +205,7 @@ def _integer(
         return None
     copies = STEM_COPIES if _is_stem(grid, conv_attributes) else 1
     largest = copies * integer_bias.largest_factors(grid.integers, largest_input)
-    choice = integer_bias.choose(bias, largest, _output_grid(affine, scale, input_grid.scale))
+    choice = integer_bias.choose(bias, largest, _output_grid(affine, scale, input_grid.scale, stride))
     fits = np.abs(choice.bias) < integer_bias.LARGEST_BIAS
     factors = np.where(fits, choice.factor, 1)
     whole = np.where(fits, choice.bias, np.round(bias)).astype(np.int64)
@@ -233,7 +237,7 @@ def _is_stem(grid: WeightGrid, conv_attributes: Attributes | None) -> bool:
     return grid.bits > 5 and (group is None or group.value == 1)
 
 
-def _output_grid(affine: _Affine, scale: Floats, input_scale: float) -> OutputGrid | None:
+def _output_grid(affine: _Affine, scale: Floats, input_scale: float, stride: int) -> OutputGrid | None:
     """The grid that a layer's result is rounded to, if it is."""
     quantize = only_reader(affine.end, "QuantizeLinear")
     if quantize is None:
@@ -251,7 +255,7 @@ def _output_grid(affine: _Affine, scale: Floats, input_scale: float) -> OutputGr
         # From the convolution's own output to the integer sum, whose sign the batch norm may have turned.
         per_unit = np.abs(affine.factor) / unit
         centre, spread = centre * per_unit * np.sign(affine.factor), spread * per_unit + 1.0
-    return OutputGrid(unit / float(step), lowest - int(zero_point), highest - int(zero_point), centre, spread)
+    return OutputGrid(unit / float(step), lowest - int(zero_point), highest - int(zero_point), centre, spread, stride)
 
 
 def _float(

@@ -44,6 +44,7 @@ class OutputGrid:
         ratio: unit of the integer sum over step of the output, one for each channel.
         lowest, highest: codes without the zero point, behind the integer Clip.
         centre, spread: mean and standard deviation of the sums, from the batch norm; None where there is none.
+        stride: the sums are multiples of it, for the input's codes are.
     """
 
     ratio: Floats
@@ -51,6 +52,7 @@ class OutputGrid:
     highest: int
     centre: Floats | None = None
     spread: Floats | None = None
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,12 @@ def _switch(bias: float, largest: int, output: OutputGrid, ratio: float) -> tupl
     Returns:
         None where that is not what the channel does, or where ``largest`` units are not enough to clip.
     """
-    middle = round(-bias)
+    middle = output.stride * round(-bias / output.stride)
     exact = ratio * (bias + middle)
     code = min(max(round(exact), output.lowest), output.highest)
     reach = largest * abs(code)
-    for value, step in ((exact, ratio), (code, reach)):
+    for value, unit in ((exact, ratio), (code, reach)):
+        step = output.stride * unit
         if code == 0 or value + step < output.highest or value - step > output.lowest:
             return None
     return largest, (1 if code > 0 else -1) - largest * middle, reach / ratio
@@ -132,18 +135,19 @@ def _sums(bias: float, output: OutputGrid | None, channel: int) -> tuple[Floats,
     if output is None:
         return np.zeros(0), np.zeros(0)
     ratio = output.ratio[channel]
-    first = np.ceil((output.lowest - 0.5) / ratio - bias)
-    last = np.floor((output.highest + 0.5) / ratio - bias)
+    stride = output.stride
+    first = np.ceil(((output.lowest - 0.5) / ratio - bias) / stride)
+    last = np.floor(((output.highest + 0.5) / ratio - bias) / stride)
     centre, spread = (first + last) / 2, (last - first) / 4 + 1e-9
     if output.centre is not None and output.spread is not None:
-        centre, spread = output.centre[channel], output.spread[channel]
+        centre, spread = output.centre[channel] / stride, output.spread[channel] / stride
         first, last = max(first, np.floor(centre - 4 * spread)), min(last, np.ceil(centre + 4 * spread))
     count = int(min(last - first + 1, _SUMS))
     if count <= 0:
         return np.zeros(0), np.zeros(0)
     sums = np.asarray(np.round(np.linspace(first, last, count)), np.float64)
     share = np.exp(-0.5 * ((sums - centre) / spread) ** 2)
-    return sums, np.asarray(share / share.sum(), np.float64)
+    return stride * sums, np.asarray(share / share.sum(), np.float64)
 
 
 def _wrong(sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float) -> Floats:

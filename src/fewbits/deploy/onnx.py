@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -130,3 +130,26 @@ def _global_pools(builder: Builder) -> None:
             continue
         if {int(a) % 4 for a in axes} == {2, 3}:
             replace(node.outputs[0], builder.node("GlobalAveragePool", x))
+
+
+def cut(model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """A copy in which every tensor of codes is an output, and what read it reads an input instead.
+
+    Args:
+        model: from ``build``.
+        cuts: of it.
+        shapes: of their values without the batch, by name.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    names = {str(c.value.name): c for c in cuts}
+    for node in copy.graph.node:
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = f"{name}.in"
+    for name, cut in names.items():
+        kind = onnx.TensorProto.FLOAT if cut.zero_point is None else onnx.TensorProto.UINT8
+        sizes: list[str | int | None] = [f"{name}.N", *shapes[name]]
+        copy.graph.input.append(onnx.helper.make_tensor_value_info(f"{name}.in", kind, sizes))
+        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return copy

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..quantizers import Quantizer
 from .activations import SIGNS, Cut
 from .builder import Array
+from .engines import ENGINES, Engine
 from .graph import INPUT, OUTPUT, Normalisation, normalise
 from .result import CodeRow, ParityError
-from .sessions import open_session, outputs
 
 MINIMUM_EQUAL_CODES = 0.999
 LARGEST_STEP = 1.0
@@ -120,12 +120,16 @@ def _own_difference(student: nn.Module, images: Tensor, normalisation: Normalisa
     return float((again - logits[:OWN_IMAGES]).abs().mean())
 
 
-def compare(model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: Sequence[Cut]) -> Parity:
-    """Run ``model`` whole and in pieces, and set both beside ``expected``."""
-    whole = outputs(open_session(model.SerializeToString()), {INPUT: images.numpy()})[OUTPUT]
-    pieces = open_session(_cut(model, expected, cuts).SerializeToString())
-    feeds = {f"{c.value.name}.in": _shaped(expected, c) for c in cuts}
-    found = outputs(pieces, {INPUT: images.numpy()} | feeds if _has_input(pieces, INPUT) else feeds)
+def compare(
+    model: onnx.ModelProto, expected: Reference, images: Tensor, cuts: Sequence[Cut], engine: Engine | None = None
+) -> Parity:
+    """Run ``model`` whole and in pieces by ``engine`` (ONNX Runtime), and set both beside ``expected``."""
+    engine = engine or ENGINES["onnxruntime"]
+    inputs: dict[str, Array] = {INPUT: images.numpy()}
+    whole = engine.open(model).run(inputs)[OUTPUT]
+    feeds = {str(c.value.name): _shaped(expected, c) for c in cuts}
+    pieces = engine.open(engine.cut(model, cuts, {name: codes.shape[1:] for name, codes in feeds.items()}))
+    found = pieces.run(inputs | {f"{name}.in": codes for name, codes in feeds.items()})
     rows = []
     for cut in cuts:
         key = (cut.quantizer, cut.call)
@@ -167,6 +171,13 @@ def allowed_to_differ(minimum_equal: float, num_images: int) -> int:
     return max(int(share * num_images + 2 * (share * (1 - share) * num_images) ** 0.5), 1)
 
 
+def has_other_predictions(parity: Parity, minimum_equal: float, num_images: int) -> bool:
+    """Whether more predictions differ than chance, or PyTorch's own unsteadiness, explains."""
+    different = round((1 - parity.equal_predictions) * num_images)
+    unsteady = parity.mean_difference <= OWN_FACTOR * parity.own_difference
+    return not unsteady and different > allowed_to_differ(minimum_equal, num_images)
+
+
 def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
     """Raise if the engine disagrees.
 
@@ -185,9 +196,8 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
             f"{worst.equal:.3%} of its values are equal (at least {MINIMUM_EQUAL_CODES:.1%} have to be), largest "
             f"difference {worst.largest:.4g}; nothing was written"
         )
-    different = round((1 - parity.equal_predictions) * num_images)
-    unsteady = parity.mean_difference <= OWN_FACTOR * parity.own_difference
-    if not unsteady and different > allowed_to_differ(minimum_equal, num_images):
+    if has_other_predictions(parity, minimum_equal, num_images):
+        different = round((1 - parity.equal_predictions) * num_images)
         raise ParityError(
             f"the engine predicts another class than PyTorch for {different} of {num_images} images (at most "
             f"{1 - minimum_equal:.1%} may differ), though each layer agrees within its rounding; logits differ by "
@@ -199,30 +209,11 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
 def _shaped(expected: Reference, cut: Cut) -> Array:
     """Codes in PyTorch's shape; where the exporter moved a quantizer in front of a view, in the shape there."""
     codes = expected.codes[(cut.quantizer, cut.call)]
+    if cut.is_bit:
+        codes = (codes + 1) / 2
     # Not by the number of images: the view may be the one that folds windows into the batch.
     return codes if cut.shape is None else codes.reshape((-1, *cut.shape))
 
 
 def _predictions(logits: Array) -> Array:
     return logits.reshape(len(logits), -1).argmax(1)
-
-
-def _has_input(session: Any, name: str) -> bool:
-    return any(i.name == name for i in session.get_inputs())
-
-
-def _cut(model: onnx.ModelProto, expected: Reference, cuts: Sequence[Cut]) -> onnx.ModelProto:
-    """A copy in which every tensor of codes is an output, and what read it reads an input instead."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    names = {str(c.value.name): c for c in cuts}
-    for node in copy.graph.node:
-        for index, name in enumerate(node.input):
-            if name in names:
-                node.input[index] = f"{name}.in"
-    for name, cut in names.items():
-        kind = onnx.TensorProto.FLOAT if cut.zero_point is None else onnx.TensorProto.UINT8
-        shape = [f"{name}.N", *_shaped(expected, cut).shape[1:]]
-        copy.graph.input.append(onnx.helper.make_tensor_value_info(f"{name}.in", kind, shape))
-        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    return copy

@@ -19,6 +19,7 @@ class LayerRow:
         weight_bits, activation_bits: 1 to 8, 32 for full precision.
         kernel: the operator that the engine runs, read from its own optimized graph.
         reason: why that is no integer kernel; empty if it is one.
+        note: why it is not the kernel that one would expect, a binary one for example.
     """
 
     name: str
@@ -26,6 +27,7 @@ class LayerRow:
     activation_bits: int
     kernel: str
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

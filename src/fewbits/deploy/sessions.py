@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,38 @@ def kernels(model: bytes) -> tuple[dict[str, str], Counter[str]]:
     return readers, Counter(node.op_type for node in graph.node)
 
 
-def outputs(session: Any, feeds: dict[str, Any]) -> dict[str, Any]:
-    """Run ``session`` once and name what it gives."""
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+class Opened:
+    """A loaded model that names what it gives, and leaves out what it does not ask for.
+
+    Args:
+        model: a file, or its bytes.
+        threads: of one operator.
+    """
+
+    def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
+        self.session = open_session(model, threads=threads)
+        self.inputs = {port.name for port in self.session.get_inputs()}
+        self.outputs = [port.name for port in self.session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once and name what it gives."""
+        asked = {name: array for name, array in feeds.items() if name in self.inputs}
+        return dict(zip(self.outputs, self.session.run(self.outputs, asked), strict=True))
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The key-value pairs of a file.
+
+    Raises:
+        ImportError: the extra ``onnx`` is not installed.
+        ValueError: the file is no ONNX model.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing(error) from error
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise ValueError(f"{path.name} is no ONNX model: {error}") from error
+    return {entry.key: entry.value for entry in model.metadata_props}

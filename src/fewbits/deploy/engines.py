@@ -1,0 +1,201 @@
+"""What export, parity and bench need of an engine; everything in which engines differ is behind these few methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    from torch import nn
+
+    from .activations import Cut
+    from .fold import Care
+    from .onnx import Built
+
+Array = npt.NDArray[Any]
+ENGINE = "engine"
+"""Key in a file's metadata: who it was built for."""
+
+
+class Session(Protocol):
+    """A network that an engine has loaded."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; what comes out by its name."""
+
+
+class Engine(Protocol):
+    """How a graph is built for an engine, written, loaded and looked into."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of files."""
+
+    def build(
+        self, traced: ir.Model, student: nn.Module, metadata: Mapping[str, str], care: Mapping[str, Care]
+    ) -> Built:
+        """Replace the markers of ``traced`` by what the engine makes fast."""
+
+    def cut(
+        self, model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]
+    ) -> onnx.ModelProto:
+        """A copy with every tensor of codes an output and, as ``NAME.in``, an input."""
+
+    def open(self, model: onnx.ModelProto | Path, *, threads: int = 1) -> Session:
+        """Load a graph or a file."""
+
+    def kernels(self, built: Built) -> dict[str, str]:
+        """The operator that runs each quantized layer, read from the engine's own optimized graph."""
+
+    def is_integer(self, kernel: str) -> bool:
+        """Whether a kernel multiplies integers or bits."""
+
+    def write(self, built: Built, path: Path) -> tuple[Path, ...]:
+        """Leave the finished files, ``path`` first."""
+
+
+class OnnxRuntime:
+    """One ``.onnx`` file of standard operators."""
+
+    suffixes: tuple[str, ...] = (".onnx",)
+
+    def build(
+        self, traced: ir.Model, student: nn.Module, metadata: Mapping[str, str], care: Mapping[str, Care]
+    ) -> Built:
+        """See ``onnx.build``."""
+        from . import onnx
+
+        return onnx.build(traced, student, metadata, care)
+
+    def cut(
+        self, model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]
+    ) -> onnx.ModelProto:
+        """See ``onnx.cut``."""
+        from . import onnx
+
+        return onnx.cut(model, cuts, shapes)
+
+    def open(self, model: onnx.ModelProto | Path, *, threads: int = 1) -> Session:
+        """See ``sessions.open_session``."""
+        from .sessions import Opened
+
+        return Opened(model if isinstance(model, Path) else model.SerializeToString(), threads=threads)
+
+    def kernels(self, built: Built) -> dict[str, str]:
+        """See ``sessions.kernels``."""
+        from . import sessions
+
+        readers = sessions.kernels(built.proto.SerializeToString(deterministic=True))[0]
+        return {
+            site.layer: readers.get(str(site.weight.name)) or readers.get(str(site.result.name), "float")
+            for site in built.sites
+        }
+
+    def is_integer(self, kernel: str) -> bool:
+        """See ``sessions.INTEGER_KERNELS``."""
+        from .sessions import INTEGER_KERNELS
+
+        return kernel in INTEGER_KERNELS
+
+    def write(self, built: Built, path: Path) -> tuple[Path, ...]:
+        """One file; the same network gives the same bytes."""
+        path.write_bytes(built.proto.SerializeToString(deterministic=True))
+        return (path,)
+
+
+class OpenVINO:
+    """OpenVINO's own ``.xml`` with a ``.bin`` beside it; without binary layers an ``.onnx`` that it reads as well.
+
+    The ``.onnx`` is one file and smaller (OpenVINO's XML takes some kilobytes for each layer), but has no word for a
+    binary convolution.
+    """
+
+    suffixes: tuple[str, ...] = (".xml", ".onnx")
+
+    def build(
+        self, traced: ir.Model, student: nn.Module, metadata: Mapping[str, str], care: Mapping[str, Care]
+    ) -> Built:
+        """See ``openvino.build``; biases are floats here, so that nothing needs care."""
+        from . import openvino
+
+        return openvino.build(traced, student, {**metadata, ENGINE: "openvino"})
+
+    def cut(
+        self, model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]
+    ) -> onnx.ModelProto:
+        """See ``openvino.cut``."""
+        from . import openvino
+
+        return openvino.cut(model, cuts, shapes)
+
+    def open(self, model: onnx.ModelProto | Path, *, threads: int = 1) -> Session:
+        """See ``openvino_runtime.Compiled``."""
+        from .openvino_runtime import Compiled, convert
+
+        return Compiled(model if isinstance(model, Path) else convert(model), threads=threads)
+
+    def kernels(self, built: Built) -> dict[str, str]:
+        """See ``openvino_runtime.Compiled.kernels``."""
+        from .openvino_runtime import Compiled, convert
+
+        kernels = Compiled(convert(built.proto)).kernels()
+        return {site.layer: _kernel(kernels, built.proto, str(site.result.name)) for site in built.sites}
+
+    def is_integer(self, kernel: str) -> bool:
+        """Kernels end in the precision that they work in."""
+        return kernel.lower().endswith(("_i8", "_u8", "_u1"))
+
+    def write(self, built: Built, path: Path) -> tuple[Path, ...]:
+        """One file or two.
+
+        Raises:
+            ValueError: an ``.onnx`` was asked for, but there are binary convolutions.
+        """
+        from .openvino_runtime import convert, save
+        from .xnor import OPERATOR
+
+        if path.suffix == ".xml":
+            return save(convert(built.proto), path, {entry.key: entry.value for entry in built.proto.metadata_props})
+        if any(node.op_type == OPERATOR for node in built.proto.graph.node):
+            raise ValueError(
+                f"path must end in .xml for a network with binary convolutions, got {path.name!r}; ONNX has no "
+                "operator for them"
+            )
+        path.write_bytes(built.proto.SerializeToString(deterministic=True))
+        return (path,)
+
+
+ENGINES: dict[str, Engine] = {"onnxruntime": OnnxRuntime(), "openvino": OpenVINO()}
+
+
+def engine_of(path: Path) -> str:
+    """The engine that a file was written for.
+
+    Raises:
+        ImportError: the extra ``onnx`` is not installed.
+        ValueError: there is no such file, or it is none of ours.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; export first")
+    if path.suffix == ".xml":
+        return "openvino"
+    from .sessions import metadata
+
+    return metadata(path).get(ENGINE, "onnxruntime")
+
+
+def _kernel(kernels: Mapping[str, str], proto: onnx.ModelProto, name: str) -> str:
+    """The kernel of the operator that makes ``name``; OpenVINO may keep only the name of what it fused to it."""
+    for _ in range(4):
+        if name in kernels:
+            return kernels[name]
+        reader = next((node for node in proto.graph.node if name in node.input), None)
+        if reader is None:
+            break
+        name = reader.output[0]
+    return "float"

@@ -1,0 +1,159 @@
+"""OpenVINO: from the built graph to its own format, compiled on the CPU, and what it really runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import xnor
+
+if TYPE_CHECKING:
+    import onnx
+    import openvino
+
+Array = npt.NDArray[Any]
+
+LAYERS = ("Convolution", "BinaryConvolution", "FullyConnected", "MatMul")
+"""Kinds of nodes of a compiled graph that multiply weights; what is fused into them goes under their name."""
+
+
+def import_openvino() -> Any:
+    """The package.
+
+    Raises:
+        ImportError: the extra ``openvino`` is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            f'this needs {error.name}, which is not installed; pip install "fewbits[openvino]"', name=error.name
+        ) from error
+    return openvino
+
+
+def convert(proto: onnx.ModelProto) -> openvino.Model:
+    """OpenVINO's graph of a model from ``openvino.build``."""
+    import io
+
+    ov = import_openvino()
+    from openvino.frontend.onnx import ConversionExtension
+
+    core = ov.Core()
+    core.add_extension(ConversionExtension(xnor.OPERATOR, xnor.DOMAIN, _binary_convolution))
+    return core.read_model(io.BytesIO(proto.SerializeToString()))
+
+
+def _binary_convolution(node: Any) -> list[Any]:
+    ov = import_openvino()
+    from openvino import opset13 as ops
+
+    packed, shape = node.get_input(1).get_node().data, ov.Shape(node.get_attribute("shape"))
+    # Little-endian bits, as the kernel wants them and as ``packing.pack`` leaves them. A tensor made from an array
+    # would only borrow its memory.
+    bits = ov.Tensor(ov.Type.u1, shape)
+    bits.data.reshape(-1).view(np.uint8)[:] = packed.reshape(-1)
+    weight = ov.op.Constant(bits, shared_memory=False)
+    pads = node.get_attribute("pads")
+    half = len(pads) // 2
+    product = ops.binary_convolution(
+        node.get_input(0),
+        weight,
+        node.get_attribute("strides"),
+        pads[:half],
+        pads[half:],
+        node.get_attribute("dilations"),
+        "xnor-popcount",
+        0.0,
+    )
+    return [product.output(0)]
+
+
+def save(model: openvino.Model, path: Path, metadata: Mapping[str, str]) -> tuple[Path, Path]:
+    """Write ``path`` (.xml) and its weights beside it (.bin)."""
+    for key, value in metadata.items():
+        model.set_rt_info(value, ["fewbits", key])
+    if any(node.get_type_name() == xnor.OPERATOR for node in model.get_ops()):
+        # The kernel asks for a fixed number of images; whoever wants another one calls reshape.
+        model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+    import_openvino().save_model(model, path, compress_to_fp16=False)
+    return path, path.with_suffix(".bin")
+
+
+class Compiled:
+    """A network on the CPU, compiled for each number of images that it is given.
+
+    Binary convolutions ask for a fixed number, and everything else is faster with one.
+
+    Args:
+        model: a graph, or a file: ``.xml`` with its ``.bin`` beside it, or ``.onnx``.
+        threads: of one inference.
+
+    Raises:
+        ImportError: the extra ``openvino`` is not installed.
+        ValueError: OpenVINO cannot read or compile the file.
+    """
+
+    def __init__(self, model: openvino.Model | Path, *, threads: int = 1) -> None:
+        self.name = model.name if isinstance(model, Path) else "the model"
+        self.core = import_openvino().Core()
+        # In float32 even where the processor has bfloat16, which OpenVINO would take there by itself.
+        self.options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        with self._explained():
+            self.graph = self.core.read_model(model) if isinstance(model, Path) else model
+        # A port has several names where OpenVINO dropped an operator that did nothing.
+        self.inputs = tuple(frozenset(port.get_names()) for port in self.graph.inputs)
+        self.outputs = tuple(frozenset(port.get_names()) for port in self.graph.outputs)
+        self._networks: dict[tuple[int, ...], Any] = {}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once and name what comes out; all inputs have the same number of images."""
+        arrays = [np.ascontiguousarray(next(feeds[name] for name in names if name in feeds)) for names in self.inputs]
+        results = self.network(tuple(map(len, arrays)))(arrays)
+        # Copies: the engine writes its next results into the same memory.
+        return {
+            name: np.array(value) for names, value in zip(self.outputs, results.values(), strict=True) for name in names
+        }
+
+    def network(self, sizes: tuple[int, ...]) -> Any:
+        """What runs inputs of these batch sizes."""
+        if sizes not in self._networks:
+            graph = self.graph.clone()
+            shapes = {
+                port: [size, *list(port.partial_shape)[1:]] for port, size in zip(graph.inputs, sizes, strict=True)
+            }
+            with self._explained():
+                graph.reshape(shapes)
+                self._networks[sizes] = self.core.compile_model(graph, "CPU", self.options)
+        return self._networks[sizes]
+
+    def kernels(self) -> dict[str, str]:
+        """What OpenVINO runs for each operator of the graph, read from its own compiled graph, by the operator's name.
+
+        ``"Convolution brgconv_avx512_I8"`` is an integer kernel, ``"BinaryConvolution jit_avx512_u1"`` the binary one,
+        ``"Convolution brgconv_avx512_f32"`` a float one.
+        """
+        found: dict[str, str] = {}
+        for node in self.network((1,)).get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            kind, kernel = (info[key].astype(str) for key in ("layerType", "primitiveType"))
+            for name in info["originalLayersNames"].astype(str).split(","):
+                if kind in LAYERS:
+                    found.setdefault(name, f"{kind} {kernel}")
+        return found
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise ValueError(f"OpenVINO cannot load {self.name}: {str(error).strip()[-500:]}") from error

@@ -1,0 +1,85 @@
+"""Layers of one-bit weights and activations on OpenVINO's XNOR kernel: signs by threshold, packed u1 weights.
+
+An activation's sign becomes a FakeQuantize of two levels with a threshold for each channel, which gives 1 for
+x > threshold; sign(0) = +1 asks for x >= t, so the threshold is the float just below t (for zero the normal one).
+Thresholds and outputs have to have the shape [1, C, 1, 1], or the kernel computes something else.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+import onnx_ir as ir
+
+from ..quantizers import Quantizer
+from ..quantizers.sign import ReActActivation
+from .builder import Builder
+from .packing import pack
+from .weights import Floats, WeightGrid
+
+OPERATOR, DOMAIN = "BinaryConvolution", "fewbits"
+LISTS = ("strides", "pads", "dilations")
+
+CHANNELS = 8
+"""Input channels have to be a multiple of this, or the kernel is wrong without a word."""
+
+
+class Choice(Enum):
+    """The kernel of layers with one-bit weights and activations."""
+
+    XNOR = "xnor"
+    INT8 = "int8"
+
+
+def bits(builder: Builder, x: ir.Value, quantizer: Quantizer) -> ir.Value:
+    """1 where the quantizer gives +1, 0 where it gives -1: OpenVINO's FakeQuantize of two levels."""
+    below = threshold(x, quantizer)
+    ends = [builder.constant(end, np.float32) for end in (below, below, np.zeros_like(below), np.ones_like(below))]
+    return builder.append(ir.node("FakeQuantize", [x, *ends], {"levels": 2}, domain="org.openvinotoolkit"))
+
+
+def threshold(x: ir.Value, quantizer: Quantizer) -> Floats:
+    """Where the sign turns: +1 for what is greater, 1 x C x 1 x 1."""
+    num_channels = _num_channels(x, quantizer)
+    turn = np.zeros(num_channels, np.float32)
+    if isinstance(quantizer, ReActActivation):
+        # x + s >= 0 in floats exactly where x >= -s: rounding a sum does not change its sign.
+        turn = -quantizer.shift.detach().numpy()
+    below = np.nextafter(turn, np.float32(-np.inf))
+    # Kernels may take numbers below the smallest normal one for zero.
+    smallest = np.finfo(np.float32).tiny
+    below = np.where(np.abs(below) < smallest, -smallest, below)
+    shape = [1] * _rank(x)
+    shape[quantizer.channel_dim] = num_channels
+    return np.asarray(below.reshape(shape), np.float32)
+
+
+def refusal(conv: ir.Node, shape: tuple[int, ...]) -> str:
+    """Why the XNOR kernel cannot serve a convolution of one-bit weights of ``shape``; empty if it can."""
+    group = conv.attributes.get("group")
+    if group is not None and group.as_int() != 1:
+        return "the XNOR kernel has no groups"
+    if len(shape) != 4:
+        return "the XNOR kernel is for two dimensions"
+    if shape[1] % CHANNELS:
+        return f"the XNOR kernel takes multiples of {CHANNELS} input channels, and this layer has {shape[1]}"
+    return ""
+
+
+def convolution(builder: Builder, bit: ir.Value, conv: ir.Node, grid: WeightGrid) -> ir.Value:
+    """Sums of products of signs, N x O x H x W: whole numbers; zero padding counts nothing."""
+    packed = builder.constant(pack(grid.unsigned, 1), np.uint8, f"{grid.name}.packed")
+    lists = {name: [int(v) for v in conv.attributes[name].as_ints()] for name in LISTS if name in conv.attributes}
+    attributes = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1]} | lists
+    shape = {"shape": [int(size) for size in grid.unsigned.shape]}
+    return builder.append(ir.node(OPERATOR, [bit, packed], attributes | shape, domain=DOMAIN))
+
+
+def _num_channels(x: ir.Value, quantizer: Quantizer) -> int:
+    size = x.shape[quantizer.channel_dim] if x.shape is not None else None
+    return size if isinstance(size, int) else quantizer.num_channels
+
+
+def _rank(x: ir.Value) -> int:
+    return len(x.shape) if x.shape is not None else 4
