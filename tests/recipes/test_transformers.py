@@ -88,6 +88,16 @@ def test_attention_and_mlp_are_selected_separately(make: Callable[[], nn.Module]
         assert (layer.weight_quantizer.bits, layer.input_quantizer.bits) == (bits, bits), name
 
 
+def test_patch_merging_is_selected_separately():
+    model = swin()
+    merging = {"layers.1.downsample.reduction"}
+    assert merging < linear(model)
+    assert quantized(quantize(model, 4, 4, keep=("*.downsample",))) == (linear(model) | {"patch_embed.proj"}) - merging
+    ruled = quantize(model, 2, 2, rules=(Rule("*.downsample", weights=8, activations=8),))
+    eight = {name for name in quantized(ruled) if ruled.get_submodule(name).weight_quantizer.bits == 8}
+    assert eight == merging | {"patch_embed.proj", "head.fc"}
+
+
 @both
 def test_products_of_activations_are_listed_as_float(make: Callable[[], nn.Module]):
     model = make()
