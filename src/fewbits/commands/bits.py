@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, cast, get_args
+from typing import Any
 
-from torch import nn
-
-from ..blocks import Branch, bireal
 from ..convert import FLOAT_BITS, Plan
 
 
@@ -61,23 +58,6 @@ class Bits:
             raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
         rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
         return Plan.of(self.weights, self.activations, self.quantizer or quantizer, residual, **rest)
-
-
-def with_blocks(network: nn.Module, blocks: str) -> nn.Module:
-    """A copy of a residual network with the ``blocks`` that the option names; the network itself for none.
-
-    Raises:
-        ValueError: another text, or a network without basic blocks.
-    """
-    if blocks == "none":
-        return network
-    first, *parts = blocks.split("+")
-    branches = [part for part in parts if part != "prelu"]
-    if first != "bireal" or len(branches) > 1 or parts.count("prelu") > 1 or set(branches) - set(get_args(Branch)):
-        raise ValueError(
-            f"blocks must be none or bireal, with +prelu and one of +{', +'.join(get_args(Branch))}; got {blocks!r}"
-        )
-    return bireal(network, "prelu" if "prelu" in parts else "none", cast("Branch | None", (*branches, None)[0]))
 
 
 def _number(text: str, name: str, allowed: str) -> int:

@@ -9,12 +9,10 @@ from torch import nn
 
 from .. import data as datasets
 from .. import models
-from ..convert import Plan, Rule, quantize
 from ..data import Dataset, Normalisation
-from ..recipes import make
+from ..runs import student_architecture
 from ..training import read_json, read_metrics
 from ..training.folder import RUN, STUDENT
-from .bits import with_blocks
 
 NEEDED = {"data": {"name", "classes", "channels", "image_size"}, "normalisation": {"mean", "std"}}
 """Entries of ``run.json`` that a run is rebuilt from."""
@@ -32,10 +30,7 @@ def load_run(folder: Path) -> tuple[nn.Module, Normalisation]:
     if "model" not in run:
         raise ValueError(f"{folder} was trained from Python on a network without a name; load its student yourself")
     check_run(run, folder)
-    network = float_architecture(run)
-    if run.get("plan"):
-        network = quantize(network, plan=plan_from_data(run["plan"]))
-    restructured(network, run)
+    network = student_architecture(run)
     models.load_into(network, models.load_weights(folder / STUDENT), what=str(folder / STUDENT))
     shift, scale = run["normalisation"]["mean"], run["normalisation"]["std"]
     return network.eval(), Normalisation(tuple(shift), tuple(scale))
@@ -56,38 +51,6 @@ def check_run(run: dict[str, Any], folder: Path) -> None:
             f"{folder / RUN} is damaged: it lacks {', '.join(sorted(entries))}; put back the file that training wrote, "
             "or train again"
         )
-
-
-def float_architecture(run: dict[str, Any]) -> nn.Module:
-    """The float network of ``run.json`` as the run began with it, with random weights."""
-    described = run["data"]
-    network = models.build(
-        run["model"],
-        num_classes=len(described["classes"]),
-        channels=described["channels"],
-        image_size=described["image_size"],
-    )
-    return with_blocks(network, run.get("blocks", "none"))
-
-
-def restructured(network: nn.Module, run: dict[str, Any]) -> nn.Module:
-    """``network`` with what the run's recipe changed in its structure, in place."""
-    return make(run["recipe_name"], run["recipe_options"]).restructure(network)
-
-
-def plan_from_data(entries: dict[str, Any]) -> Plan:
-    """A plan from ``run.json``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    values = {key: value for key, value in entries.items() if key != "is"}
-    try:
-        values["keep"] = tuple(values["keep"])
-        values["rules"] = tuple(Rule(**{k: v for k, v in rule.items() if k != "is"}) for rule in values["rules"])
-        return Plan(**values)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the plan in {RUN} is damaged or of another version of fewbits: {error}") from error
 
 
 def run_data(folder: Path, root: Path | None = None) -> Dataset:

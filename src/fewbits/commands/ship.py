@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .. import models
 from ..convert import Plan, float_state, plan_of
 from ..data import Dataset, Normalisation
+from ..runs import float_architecture, restructured
 from ..training import accuracy, read_json
 from ..training.folder import RUN
-from .runs import float_architecture, load_run, restructured, run_data
+from .runs import load_run, run_data
 
 DEFAULT_ENGINE = "onnxruntime"
 

@@ -22,11 +22,12 @@ from ..recipes import RECIPES, Recipe, make
 from ..recipes.cost import cost_of
 from ..report import DISPENSABLE, comparison
 from ..report import report as write_report
+from ..runs import with_blocks
 from ..summary import Summary as LayerSummary
 from ..summary import summarize
 from ..training import read_json
 from ..training.folder import RUN
-from .bits import Bits, with_blocks
+from .bits import Bits
 from .runs import load_run
 from .source import build
 from .tables import print_table

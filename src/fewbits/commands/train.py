@@ -17,8 +17,9 @@ from .. import models
 from ..convert import quantize
 from ..data import Dataset
 from ..recipes import make
+from ..runs import with_blocks
 from ..training import Result, Settings, fit
-from .bits import Bits, with_blocks
+from .bits import Bits
 from .source import SHOWN, Source, build, load_teacher, own_weights, start_from
 
 DEFAULT_RUNS = Path("runs")
