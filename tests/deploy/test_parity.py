@@ -43,3 +43,22 @@ def test_layers_that_agree_get_more_care_where_predictions_do_not(tmp_path: Path
     assert min(row.equal for row in seen[0].codes) < 1
     assert min(row.equal for row in found.codes) > min(row.equal for row in seen[0].codes)
     assert all(row.reason == "" for row in found.layers)  # none had to leave the integer kernels
+
+
+def test_a_tie_may_go_either_way_and_nothing_else_may(monkeypatch: pytest.MonkeyPatch):
+    # Pixels k / 255 on a grid of 2 / 255: every odd one lies between two codes.
+    torch.manual_seed(0)
+    model = fb.quantize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 5)), 8, 8)
+    x = torch.randint(0, 256, (16, 3, 6, 6)) / 255
+    fb.calibrate(model, [x])
+    with torch.no_grad():
+        model[0].input_quantizer.step.fill_(2 / 255)
+    built = onnx.build(graph.trace(model.eval(), x, None), model, {})
+    expected = parity.reference(model, x, None, built.cuts)
+    key = (built.cuts[0].quantizer, 0)
+    odd = (x * 255).round().int().numpy() % 2 == 1
+    assert (expected.ties[key] == odd).all()
+    monkeypatch.setitem(expected.codes, key, expected.codes[key] + odd.astype("uint8"))
+    assert next(iter(parity.compare(built.proto, expected, x, built.cuts).codes)).equal == 1
+    monkeypatch.setitem(expected.codes, key, expected.codes[key] + (~odd).astype("uint8"))
+    assert next(iter(parity.compare(built.proto, expected, x, built.cuts).codes)).equal < 0.6
