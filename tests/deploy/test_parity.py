@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+import fewbits as fb
 from fewbits.deploy import export, graph, onnx, parity
 
 from .networks import Block, Plain, images, student
