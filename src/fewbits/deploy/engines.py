@@ -52,6 +52,9 @@ class Engine(Protocol):
     def kernels(self, built: Built) -> dict[str, str]:
         """The operator that runs each quantized layer, read from the engine's own optimized graph."""
 
+    def metadata(self, path: Path) -> dict[str, str]:
+        """What was written into a file beside the network."""
+
     def is_integer(self, kernel: str) -> bool:
         """Whether a kernel multiplies integers or bits."""
 
@@ -95,6 +98,12 @@ class OnnxRuntime:
             site.layer: readers.get(str(site.weight.name)) or readers.get(str(site.result.name), "float")
             for site in built.sites
         }
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """See ``sessions.metadata``."""
+        from .sessions import metadata
+
+        return metadata(path)
 
     def is_integer(self, kernel: str) -> bool:
         """See ``sessions.INTEGER_KERNELS``."""
@@ -145,6 +154,13 @@ class OpenVINO:
 
         kernels = Compiled(convert(built.proto)).kernels()
         return {site.layer: _kernel(kernels, built.proto, str(site.result.name)) for site in built.sites}
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """Of either kind of file."""
+        from .openvino_runtime import metadata
+        from .sessions import metadata as onnx_metadata
+
+        return metadata(path) if path.suffix == ".xml" else onnx_metadata(path)
 
     def is_integer(self, kernel: str) -> bool:
         """Kernels end in the precision that they work in."""

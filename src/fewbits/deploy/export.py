@@ -24,8 +24,13 @@ from .result import Exported, LayerRow
 from .sessions import missing
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from . import fold, onnx, parity
     from .graph import Normalisation
+
+CARE = "care"
+"""Key in a file's metadata: the layers that were given more than the plain way, see ``fold.Care``."""
 
 FLOAT_BITS = 32
 DYNAMIC = "the range of its input is found anew in every batch; freeze_ranges makes another method of it, on integers"
@@ -79,20 +84,10 @@ def export(
         raise ValueError(f"path must end in {' or '.join(chosen.suffixes)} for engine {engine!r}, got {target.name!r}")
     if not target.parent.is_dir():
         raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
-    if normalisation == "trained":
-        normalisation = _trained_with(student)
-    images = _check_images(example, normalisation)
-    _check_numbers(student)
-    _check_calibrated(student)
-    try:
-        from . import fold, graph, onnx, parity  # noqa: F401
-    except ImportError as error:
-        raise missing(error) from error
+    network, traced, images, normalisation = prepare(student, example, normalisation)
+    from . import parity
 
-    network = copy.deepcopy(student).cpu().float().eval()
-    with torch.no_grad():
-        _check_forward(network, graph.normalise(images[:1], normalisation), images)
-    traced, metadata = graph.trace(network, images, normalisation), _metadata(student, class_names)
+    metadata = _metadata(student, class_names)
     built, found = chosen.build(traced, network, metadata, {}), None
     if check:
         expected = parity.reference(network, images, normalisation, built.cuts)
@@ -100,7 +95,7 @@ def export(
         care: dict[str, fold.Care] = {}
         while more := _more_care(built, found, care, minimum_equal, len(images)):
             care |= more
-            built = chosen.build(traced, network, metadata, care)
+            built = chosen.build(traced, network, metadata | {CARE: written_care(care)}, care)
             found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         parity.check(found, minimum_equal, len(images))
     rows: tuple[LayerRow, ...] = _layers(network, built, chosen)
@@ -124,6 +119,38 @@ def export(
         codes=found.codes if found else (),
         dynamic=_dynamic(network),
     )
+
+
+def prepare(
+    student: nn.Module, example: Tensor, normalisation: Normalisation | Literal["trained"] | None
+) -> tuple[nn.Module, ir.Model, Tensor, Normalisation | None]:
+    """A copy of ``student`` that is ready, its traced graph, the images and the normalisation; see ``export``."""
+    if normalisation == "trained":
+        normalisation = _trained_with(student)
+    images = _check_images(example, normalisation)
+    _check_numbers(student)
+    _check_calibrated(student)
+    try:
+        from . import graph, onnx  # noqa: F401
+    except ImportError as error:
+        raise missing(error) from error
+
+    network = copy.deepcopy(student).cpu().float().eval()
+    with torch.no_grad():
+        _check_forward(network, graph.normalise(images[:1], normalisation), images)
+    return network, graph.trace(network, images, normalisation), images, normalisation
+
+
+def written_care(care: Mapping[str, fold.Care]) -> str:
+    """For a file's metadata: whoever builds the file again needs it."""
+    return json.dumps({name: int(level) for name, level in care.items()}, sort_keys=True)
+
+
+def read_care(metadata: Mapping[str, str]) -> dict[str, fold.Care]:
+    """The inverse of ``written_care``."""
+    from .fold import Care
+
+    return {name: Care(level) for name, level in json.loads(metadata.get(CARE, "{}")).items()}
 
 
 def _trained_with(student: nn.Module) -> Normalisation | None:

@@ -85,6 +85,19 @@ def save(model: openvino.Model, path: Path, metadata: Mapping[str, str]) -> tupl
     return path, path.with_suffix(".bin")
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What ``save`` was given.
+
+    Raises:
+        ValueError: OpenVINO cannot read the file.
+    """
+    graph = Compiled(path).graph
+    if not graph.has_rt_info(["fewbits"]):
+        return {}
+    known: dict[str, str] = graph.get_rt_info(["fewbits"]).value
+    return dict(known)
+
+
 class Compiled:
     """A network on the CPU, compiled for each number of images that it is given.
 
