@@ -3,7 +3,7 @@
 from . import data, models, quantizers, recipes
 from .calibration import calibrate
 from .convert import Plan, Rule, float_state, quantize
-from .deploy import Exported, ParityError, export, freeze_ranges
+from .deploy import Exported, Packed, ParityError, export, freeze_ranges, load_packed, pack
 from .distill import Losses, Networks, Objective
 from .quantizers import Codes, Quantizer, QuantSpec
 from .recipes import Recipe
@@ -17,6 +17,7 @@ __all__ = [
     "Losses",
     "Networks",
     "Objective",
+    "Packed",
     "ParityError",
     "Plan",
     "QuantSpec",
@@ -35,7 +36,9 @@ __all__ = [
     "fit",
     "float_state",
     "freeze_ranges",
+    "load_packed",
     "models",
+    "pack",
     "quantize",
     "quantizers",
     "recipes",

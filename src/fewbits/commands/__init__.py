@@ -8,6 +8,7 @@ from typing import Any
 from .bits import Bits
 from .compare import Compare, compare
 from .demo import Demo, demo
+from .pack import Pack, pack
 from .runs import load_run, run_data
 from .ship import Bench, Export, bench, export
 from .show import Data, Recipes, Report, Summary, data, recipes, report, summary
@@ -18,6 +19,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "compare": (Compare, compare),
     "export": (Export, export),
     "bench": (Bench, bench),
+    "pack": (Pack, pack),
     "report": (Report, report),
     "summary": (Summary, summary),
     "data": (Data, data),
@@ -26,13 +28,14 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 __all__ = [
-    "COMMANDS",
     "Bench",
     "Bits",
+    "COMMANDS",
     "Compare",
     "Data",
     "Demo",
     "Export",
+    "Pack",
     "Recipes",
     "Report",
     "Summary",
@@ -43,6 +46,7 @@ __all__ = [
     "demo",
     "export",
     "load_run",
+    "pack",
     "recipes",
     "report",
     "run_data",

@@ -3,6 +3,20 @@
 from .bench import BenchRow, accuracy, bench
 from .export import export
 from .freeze import freeze_ranges
+from .packed import Packed, load_packed, pack
 from .result import CodeRow, Exported, LayerRow, ParityError
 
-__all__ = ["BenchRow", "CodeRow", "Exported", "LayerRow", "ParityError", "accuracy", "bench", "export", "freeze_ranges"]
+__all__ = [
+    "BenchRow",
+    "CodeRow",
+    "Exported",
+    "LayerRow",
+    "Packed",
+    "ParityError",
+    "accuracy",
+    "bench",
+    "export",
+    "freeze_ranges",
+    "load_packed",
+    "pack",
+]
