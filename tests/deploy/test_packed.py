@@ -276,18 +276,21 @@ def test_another_architecture_is_refused(tmp_path):
     fb.pack(small(weights=2, activations=2), path)
     with pytest.raises(ValueError, match="has no name to build it by; pass the float architecture"):
         fb.load_packed(path)
+    turned = Small()  # as many weights, in another order
+    turned.point = nn.Conv2d(5, 14, 1)
     others = [
         Small(stride=1),  # same shapes, other results
         nn.Sequential(nn.Conv2d(3, 7, 3)),
+        turned,
         small(weights=2, activations=2, quantizer="ewgs"),
         small(weights=3, activations=2),
     ]
-    for other in others[:2]:
+    for other in others[:3]:
         with pytest.raises(ValueError, match=r"does not fit model|matches no layer"):
             fb.load_packed(path, other)
     with pytest.raises(ValueError, match="does not fit model"):
-        fb.load_packed(path, others[2])
-    assert torch.equal(outputs(fb.load_packed(path, others[3])), outputs(fb.load_packed(path, Small())))
+        fb.load_packed(path, others[3])
+    assert torch.equal(outputs(fb.load_packed(path, others[4])), outputs(fb.load_packed(path, Small())))
 
 
 def test_what_cannot_be_packed_is_said(tmp_path):

@@ -130,7 +130,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     modules = dict(network.named_modules())
     for name, grid in header["layers"].items():
         layer = modules.get(name)
-        if not isinstance(layer, QuantLayer) or list(layer.weight.shape) != grid["shape"]:
+        if not isinstance(layer, QuantLayer):
             raise ValueError(misfit)
         layer.weight_quantizer = _weight(layer, tensors[file_name(name)], grid, misfit)
     others = others_of(network)
@@ -199,17 +199,7 @@ def _described(network: nn.Module, run: Path | None) -> dict[str, Any]:
         held = read_json(run / RUN)
         header |= {key: held[key] for key in DESCRIBED if key in held}
     header["bits"] = [quantizer.bits for _, quantizer in sorted(quantizers_of(network))]
-    header["layers"] = {
-        name: {
-            "bits": codes_of(layer).bits,
-            "low": codes_of(layer).low,
-            "high": codes_of(layer).high,
-            "shape": list(layer.weight.shape),
-            "scale": list(codes_of(layer).scale.shape),
-            "offset": list(codes_of(layer).offset.shape),
-        }
-        for name, layer in packed_layers(network)
-    }
+    header["layers"] = {name: _grid(codes_of(layer)) for name, layer in packed_layers(network)}
     header["layout"] = layout(network)
     described: dict[str, Any] = json.loads(json.dumps(header))
     return described
@@ -232,13 +222,22 @@ def _architecture(path: Path, header: Mapping[str, Any], model: nn.Module | None
         return quantize(model, plan=plan_from_data(header["plan"], str(path))).cpu()
 
 
+def _grid(codes: PackedWeight) -> dict[str, Any]:
+    """What decodes a layer's codes; scales and offsets have a shape where there is one for each channel."""
+    grid: dict[str, Any] = {"bits": codes.bits, "low": codes.low, "high": codes.high}
+    for name, values in (("scale", codes.scale), ("offset", codes.offset)):
+        if values.ndim:
+            grid[name] = list(values.shape)
+    return grid
+
+
 def _weight(layer: QuantLayer, packed: Tensor, grid: Mapping[str, Any], misfit: str) -> PackedWeight:
     """The layer's codes; the values of scale and offset are read with the other floats."""
-    replaced = layer.weight_quantizer
-    if replaced is None or replaced.bits != grid["bits"]:
+    replaced, count = layer.weight_quantizer, layer.weight.numel()
+    if replaced is None or replaced.bits != grid["bits"] or packed.numel() != packed_size(count, grid["bits"]):
         raise ValueError(misfit)
-    codes = torch.from_numpy(unpack(packed.numpy(), grid["bits"], layer.weight.numel())).view(layer.weight.shape)
-    scale, offset = torch.ones(grid["scale"]), torch.zeros(grid["offset"])
+    codes = torch.from_numpy(unpack(packed.numpy(), grid["bits"], count)).view(layer.weight.shape)
+    scale, offset = torch.ones(grid.get("scale", ())), torch.zeros(grid.get("offset", ()))
     return PackedWeight(
         replaced.spec, replaced.num_channels, replaced.engine, codes, scale, offset, grid["low"], grid["high"]
     )

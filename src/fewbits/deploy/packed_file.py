@@ -132,6 +132,7 @@ def layout(network: nn.Module) -> str:
     compute something else.
     """
     lines = [f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in others_of(network).items()]
+    lines += [f"{name} {tuple(layer.weight.shape)}" for name, layer in sorted(packed_layers(network))]
     for name, module in sorted(network.named_modules()):
         if isinstance(module, Quantizer):
             lines.append(f"{name} {module.spec.method} {module.spec.bits} {module.spec.role}")
