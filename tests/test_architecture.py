@@ -31,7 +31,7 @@ FLOORS: list[list[str]] = [
     ["training"],
     ["runs"],
     ["deploy"],
-    ["report"],
+    ["report", "hub"],
     ["commands"],
     ["cli"],
     ["__main__"],
@@ -49,15 +49,27 @@ CONFINED: dict[str, list[str]] = {
     "torchvision": ["fewbits.models.timm_models", "fewbits.data"],
     "onnxruntime": ["fewbits.deploy"],
     "openvino": ["fewbits.deploy"],
+    "huggingface_hub": ["fewbits.hub"],
 }
 
 # Where a confined package may be imported only when it is needed: inside a function.
-LAZY: list[tuple[str, str]] = [("torchvision", "fewbits.data")]
+LAZY: list[tuple[str, str]] = [("torchvision", "fewbits.data"), ("huggingface_hub", "fewbits.hub")]
 
 # Rooms that import nothing else from outside than these and the standard library.
 OUTSIDE: dict[str, set[str]] = {"quantizers": {"torch"}}
 
-EXTRAS = ["onnx", "onnxruntime", "openvino", "timm", "torchvision", "brevitas", "torchao", "nncf", "modelopt"]
+EXTRAS = [
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "timm",
+    "torchvision",
+    "huggingface_hub",
+    "brevitas",
+    "torchao",
+    "nncf",
+    "modelopt",
+]
 
 
 class Import(NamedTuple):

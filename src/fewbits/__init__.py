@@ -1,6 +1,6 @@
 """Low-bit vision networks, taught by the float network they came from: quantize, teach, ship."""
 
-from . import data, models, quantizers, recipes
+from . import data, hub, models, quantizers, recipes
 from .calibration import calibrate
 from .convert import Plan, Rule, float_state, quantize
 from .deploy import Exported, Packed, ParityError, export, freeze_ranges, load_packed, pack
@@ -36,6 +36,7 @@ __all__ = [
     "fit",
     "float_state",
     "freeze_ranges",
+    "hub",
     "load_packed",
     "models",
     "pack",
