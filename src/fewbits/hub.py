@@ -23,7 +23,7 @@ import fewbits as fb
 network = fb.hub.load("{repo_id}"{model})
 ```
 """
-MISSING = 'huggingface_hub is not installed: pip install "huggingface_hub>=1.0"'
+MISSING = 'huggingface_hub is not installed: pip install "fewbits[hub]"'
 
 
 def push(
