@@ -59,5 +59,5 @@ def test_a_run_may_be_resumed_with_another_number(tmp_path: Path, monkeypatch: p
 
 
 def test_a_negative_number():
-    with pytest.raises(ValueError, match="gradient_shares must not be negative, got -1"):
+    with pytest.raises(ValueError, match="gradient_shares must be a whole number of 0 or more, got -1"):
         Settings(gradient_shares=-1)

@@ -9,6 +9,7 @@ from .bits import Bits
 from .compare import Compare, compare
 from .demo import Demo, demo
 from .pack import Pack, pack
+from .parity import Engines, Parity, engines, parity
 from .runs import load_run, run_data
 from .ship import Bench, Export, bench, export
 from .show import Data, Recipes, Report, Summary, data, recipes, report, summary
@@ -18,8 +19,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "train": (Train, train),
     "compare": (Compare, compare),
     "export": (Export, export),
+    "parity": (Parity, parity),
     "bench": (Bench, bench),
     "pack": (Pack, pack),
+    "engines": (Engines, engines),
     "report": (Report, report),
     "summary": (Summary, summary),
     "data": (Data, data),
@@ -28,14 +31,16 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 __all__ = [
+    "COMMANDS",
     "Bench",
     "Bits",
-    "COMMANDS",
     "Compare",
     "Data",
     "Demo",
+    "Engines",
     "Export",
     "Pack",
+    "Parity",
     "Recipes",
     "Report",
     "Summary",
@@ -44,9 +49,11 @@ __all__ = [
     "compare",
     "data",
     "demo",
+    "engines",
     "export",
     "load_run",
     "pack",
+    "parity",
     "recipes",
     "report",
     "run_data",

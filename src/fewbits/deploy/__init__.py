@@ -4,6 +4,8 @@ from .bench import BenchRow, accuracy, bench
 from .export import export
 from .freeze import freeze_ranges
 from .packed import Packed, load_packed, pack
+from .probe import Probed, probe
+from .prove import Proof, prove
 from .result import CodeRow, Exported, LayerRow, ParityError
 
 __all__ = [
@@ -13,10 +15,14 @@ __all__ = [
     "LayerRow",
     "Packed",
     "ParityError",
+    "Probed",
+    "Proof",
     "accuracy",
     "bench",
     "export",
     "freeze_ranges",
     "load_packed",
     "pack",
+    "probe",
+    "prove",
 ]
