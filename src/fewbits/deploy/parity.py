@@ -16,7 +16,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Quantizer
+from ..quantizers import Codes, Quantizer
+from ..quantizers.minmax import MinMax
 from .activations import SIGNS, Cut
 from .builder import Array
 from .engines import ENGINES, Engine
@@ -91,8 +92,7 @@ def reference(
         if key not in places:
             return
         found = module.encode(args[0])
-        above, below = (module.encode(args[0].float() * (1 + sign * TIE)).integers for sign in (1, -1))
-        ties[key] = (above != below).numpy()
+        ties[key] = _ties(module, args[0].float(), found)
         zero_point = places[key].zero_point
         bits[name] = module.bits
         if zero_point is None:
@@ -113,6 +113,16 @@ def reference(
     return Reference(
         logits.float().numpy(), _own_difference(student, images, normalisation, logits), codes, steps, bits, ties
     )
+
+
+def _ties(quantizer: Quantizer, x: Tensor, found: Codes) -> Array:
+    """Where ``x`` lies on a rounding boundary."""
+    if isinstance(quantizer, MinMax):
+        # Its range moves with its input: the boundaries are half-way between the levels of this batch.
+        position = (x - found.offset) / found.scale
+        return ((position - position.floor() - 0.5).abs() <= TIE * (position.abs() + 1)).numpy()
+    above, below = (quantizer.encode(x * (1 + sign * TIE)).integers for sign in (1, -1))
+    return (above != below).numpy()
 
 
 def _own_difference(student: nn.Module, images: Tensor, normalisation: Normalisation | None, logits: Tensor) -> float:
