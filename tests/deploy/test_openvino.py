@@ -176,8 +176,40 @@ def test_foreign_and_damaged_files_are_errors(tmp_path: Path):
     found = ship(student(nn.Conv2d(16, 16, 3, padding=1, bias=False), 16, 1, 1, "bireal"), tmp_path)
     weights = found.path.with_suffix(".bin")
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match="OpenVINO cannot load"):
+    with pytest.raises(ValueError, match="OpenVINO cannot load or run"):
         bench({"student": found.path}, images(), batch_sizes=[1], repeats=1)
     (tmp_path / "x.xml").write_text("<net/>")
-    with pytest.raises(ValueError, match=r"OpenVINO cannot load x\.xml"):
+    with pytest.raises(ValueError, match=r"has no weights|cannot load or run x\.xml"):
         bench({"student": tmp_path / "x.xml"}, images(), batch_sizes=[1], repeats=1)
+
+
+def test_padding_of_another_kind_says_what_it_costs(tmp_path: Path):
+    reflect = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect", bias=False)
+    row = layer_row(ship(student(reflect, 16, 2, 2), tmp_path, ".onnx"))
+    assert row.kernel.endswith("_I8")
+    assert row.reason == ""
+    row = layer_row(ship(student(reflect, 16, 1, 1, "react"), tmp_path))
+    assert row.kernel.endswith("_I8")
+    assert "padded" in row.note
+    circular = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular", bias=False)
+    with pytest.raises(ValueError, match="OpenVINO's own converter cannot follow"):
+        ship(student(circular, 16, 2, 2), tmp_path, ".onnx")
+
+
+def test_files_of_others_are_named(tmp_path: Path):
+    import openvino
+    from openvino import opset13 as ops
+
+    x = ops.parameter([1, 3, 12, 12], np.float32, name="x")
+    openvino.save_model(openvino.Model([ops.relu(x)], [x], "foreign"), tmp_path / "foreign.xml")
+    with pytest.raises(ValueError, match=r"foreign\.xml has an input"):
+        bench({"student": tmp_path / "foreign.xml"}, images(), batch_sizes=[1], repeats=1)
+    found = ship(student(nn.Conv2d(16, 16, 3, padding=1, bias=False), 16, 1, 1, "bireal"), tmp_path)
+    with pytest.raises(ValueError, match=r"cannot load or run s\.xml"):
+        accuracy(found.path, [(images(12)[:, :1], torch.zeros(BATCH))])
+    found.path.with_suffix(".bin").unlink()
+    with pytest.raises(ValueError, match=r"s\.bin has to lie beside it"):
+        bench({"student": found.path}, images(), batch_sizes=[1], repeats=1)
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(ValueError, match=r"exported files end in \.onnx or \.xml"):
+        bench({"student": tmp_path / "x.txt"}, images(), batch_sizes=[1], repeats=1)

@@ -138,6 +138,11 @@ def _export_table(report: dict[str, Any]) -> Table:
     table.add_row("mean difference of a logit", f"{report['mean_difference']:.2g}; {own}")
     table.add_row("accuracy in PyTorch", f"{100 * report['accuracy_pytorch']:.2f} %")
     table.add_row("accuracy in the engine", f"{100 * report['accuracy_engine']:.2f} %")
+    if report["engine"] == "openvino":
+        table.add_row(
+            "compile it with",
+            "INFERENCE_PRECISION_HINT=f32; in bfloat16, OpenVINO's own choice on some processors, results differ",
+        )
     if report["frozen_ranges"]:
         table.add_row("method", "minmax-frozen: not the one that was trained, whose ranges are dynamic")
     if report["dynamic"]:
@@ -170,8 +175,8 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         float_path = Path(elsewhere) / "float.onnx"
         export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
         files = {"float": float_path, "student": path}
-        other = config.run / default_name("openvino", plan_of(student))
-        if other.exists():
+        other = _for_openvino(config.run, student)
+        if other is not None:
             float_other = Path(elsewhere) / "float.xml"
             network = float_network(config.run, student)
             export_student(network, float_other, example=images[:64], normalisation=normalisation, engine="openvino")
@@ -208,6 +213,24 @@ def bench(config: Bench) -> list[dict[str, Any]]:
                 f"At batch {row['batch_size']} the low-bit network ({row['name']}) is slower than float here."
             )
     return entries
+
+
+def _for_openvino(folder: Path, student: nn.Module) -> Path | None:
+    """The run's file for OpenVINO, in either form.
+
+    Raises:
+        ValueError: it holds a network of another plan.
+    """
+    from ..deploy.engines import ENGINES
+
+    found = [path for suffix in (".onnx", ".xml") if (path := folder / f"student-openvino{suffix}").exists()]
+    if not found:
+        return None
+    plan = plan_of(student)
+    written = ENGINES["openvino"].metadata(found[0]).get("plan")
+    if written != (None if plan is None else json.dumps(asdict(plan), sort_keys=True)):
+        raise ValueError(f"{found[0]} is not of this run: it has another plan; export again, or remove it")
+    return found[0]
 
 
 def _training_images(folder: Path, data: Dataset, normalisation: Normalisation) -> Iterator[Tensor]:

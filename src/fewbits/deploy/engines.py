@@ -25,6 +25,9 @@ ENGINE = "engine"
 class Session(Protocol):
     """A network that an engine has loaded."""
 
+    def prepare(self, feeds: Mapping[str, Array]) -> None:
+        """Do what the first inference of this size would do once."""
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; what comes out by its name."""
 
@@ -200,6 +203,8 @@ def engine_of(path: Path) -> str:
         raise ValueError(f"there is no file {path}; export first")
     if path.suffix == ".xml":
         return "openvino"
+    if path.suffix != ".onnx":
+        raise ValueError(f"exported files end in .onnx or .xml, got {path.name!r}")
     from .sessions import metadata
 
     return metadata(path).get(ENGINE, "onnxruntime")

@@ -30,7 +30,7 @@ from ..quantizers.minmax import MinMax
 from ..quantizers.rounding import positive
 from . import fold, weights, xnor
 from .activations import GRID, SIGNS, Cut, Grid, dynamic_range
-from .builder import Builder, array_of, replace
+from .builder import Builder, array_of, producer, replace
 from .compact import compact
 from .fold import Site, behind
 from .graph import MARK
@@ -202,8 +202,8 @@ def _convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) 
         weight = _weight(builder, grid, affine.factor)
         value = result = builder.copy("Conv", (x, weight), conv.attributes)
         reason = _reason(x, grid)
-    is_binary = grid.bits == 1 and grid.offset is None and x.meta.get(BIT) is False
-    note = xnor.refusal(conv, grid.unsigned.shape) if is_binary else ""
+    is_binary = grid.bits == 1 and grid.offset is None and _unpadded(x).meta.get(BIT) is False
+    note = xnor.refusal(conv, grid.unsigned.shape) or "its input is padded, or read by others" if is_binary else ""
     if affine.shift.any():
         value = builder.node("Add", value, builder.constant(_channels(affine.shift, affine.factor), np.float32))
     replace(affine.end, value)
@@ -228,7 +228,8 @@ def _reason(x: ir.Value, grid: WeightGrid) -> str:
         return f"a {grid.bits}-bit grid with a float offset has no int8 form; packed in the file, float in the engine"
     if not _fits(grid):
         return f"codes from {grid.integers.min()} to {grid.integers.max()} do not fit into 8 bits with a sign"
-    is_fake = (node := x.producer()) is not None and node.op_type == "FakeQuantize"
+    node = _unpadded(x).producer()
+    is_fake = node is not None and node.op_type == "FakeQuantize"
     return "" if is_fake else "its input is not quantized"
 
 
@@ -249,6 +250,12 @@ def _weight(builder: Builder, grid: WeightGrid, factor: Floats, *, transposed: b
     scale = np.where(scale > 0, scale, np.finfo(np.float32).tiny)
     bounds = (-float(LARGEST_WEIGHT), float(LARGEST_WEIGHT))
     return fake_quantize(builder, value, bounds, (bounds[0] * scale, bounds[1] * scale), WEIGHT_LEVELS)
+
+
+def _unpadded(x: ir.Value) -> ir.Value:
+    """What padding of another kind than zeros, an operator of its own, was put around."""
+    pad = producer(x, "Pad")
+    return x if pad is None or pad.inputs[0] is None else _unpadded(pad.inputs[0])
 
 
 def _fits(grid: WeightGrid) -> bool:

@@ -38,7 +38,12 @@ def import_openvino() -> Any:
 
 
 def convert(proto: onnx.ModelProto) -> openvino.Model:
-    """OpenVINO's graph of a model from ``openvino.build``."""
+    """OpenVINO's graph of a model from ``openvino.build``.
+
+    Raises:
+        ImportError: the extra ``openvino`` is not installed.
+        ValueError: there is an operator, or a form of one, that OpenVINO does not know.
+    """
     import io
 
     ov = import_openvino()
@@ -46,7 +51,13 @@ def convert(proto: onnx.ModelProto) -> openvino.Model:
 
     core = ov.Core()
     core.add_extension(ConversionExtension(xnor.OPERATOR, xnor.DOMAIN, _binary_convolution))
-    return core.read_model(io.BytesIO(proto.SerializeToString()))
+    try:
+        return core.read_model(io.BytesIO(proto.SerializeToString()))
+    except RuntimeError as error:
+        raise ValueError(
+            f"OpenVINO's own converter cannot follow this network: {str(error).strip()[-300:]}; export it for "
+            "onnxruntime"
+        ) from error
 
 
 def _binary_convolution(node: Any) -> list[Any]:
@@ -121,6 +132,10 @@ class Compiled:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if isinstance(model, Path) and model.suffix == ".xml" and not model.with_suffix(".bin").is_file():
+            raise ValueError(
+                f"{model.name} has no weights: {model.with_suffix('.bin').name} has to lie beside it, under that name"
+            )
         with self._explained():
             self.graph = self.core.read_model(model) if isinstance(model, Path) else model
         # A port has several names where OpenVINO dropped an operator that did nothing.
@@ -130,12 +145,27 @@ class Compiled:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once and name what comes out; all inputs have the same number of images."""
-        arrays = [np.ascontiguousarray(next(feeds[name] for name in names if name in feeds)) for names in self.inputs]
-        results = self.network(tuple(map(len, arrays)))(arrays)
+        arrays = self._arrays(feeds)
+        network = self.network(tuple(map(len, arrays)))
+        with self._explained():
+            results = network(arrays)
         # Copies: the engine writes its next results into the same memory.
         return {
             name: np.array(value) for names, value in zip(self.outputs, results.values(), strict=True) for name in names
         }
+
+    def prepare(self, feeds: Mapping[str, Array]) -> None:
+        """Compile for inputs of these sizes, which is when OpenVINO unpacks weights and chooses kernels."""
+        self.network(tuple(map(len, self._arrays(feeds))))
+
+    def _arrays(self, feeds: Mapping[str, Array]) -> list[Array]:
+        for names in self.inputs:
+            if not names & feeds.keys():
+                raise ValueError(
+                    f"{self.name} has an input {sorted(names)}, which a file of fewbits has not (it takes images): was "
+                    "it made by something else?"
+                )
+        return [np.ascontiguousarray(next(feeds[name] for name in names if name in feeds)) for names in self.inputs]
 
     def network(self, sizes: tuple[int, ...]) -> Any:
         """What runs inputs of these batch sizes."""
@@ -169,4 +199,4 @@ class Compiled:
         try:
             yield
         except RuntimeError as error:
-            raise ValueError(f"OpenVINO cannot load {self.name}: {str(error).strip()[-500:]}") from error
+            raise ValueError(f"OpenVINO cannot load or run {self.name}: {str(error).strip()[-500:]}") from error

@@ -89,13 +89,22 @@ class Opened:
     """
 
     def __init__(self, model: bytes | Path, *, threads: int = 1) -> None:
+        self.name = model.name if isinstance(model, Path) else "the model"
         self.session = open_session(model, threads=threads)
         self.inputs = {port.name for port in self.session.get_inputs()}
         self.outputs = [port.name for port in self.session.get_outputs()]
 
+    def prepare(self, feeds: Mapping[str, Any]) -> None:
+        """Nothing is left to do: weights are unpacked and kernels chosen when a file is opened."""
+
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run once and name what it gives."""
         asked = {name: array for name, array in feeds.items() if name in self.inputs}
+        if missed := self.inputs - asked.keys():
+            raise ValueError(
+                f"{self.name} has an input {sorted(missed)}, which a file of fewbits has not (it takes images): was it "
+                "made by something else?"
+            )
         return dict(zip(self.outputs, self.session.run(self.outputs, asked), strict=True))
 
 
