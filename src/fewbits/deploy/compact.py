@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import onnx
 import onnx_ir as ir
@@ -22,17 +22,14 @@ _UNIT_LISTS = {"dilations": 1, "strides": 1, "pads": 0}
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
-def compact(model: ir.Model, metadata: Mapping[str, str], keep: Iterable[ir.Value]) -> onnx.ModelProto:
-    """Sort, strip and serialize ``model``; the same network gives the same bytes.
+def compact(model: ir.Model, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """Sort, strip and serialize ``model``; the same network gives the same bytes. Values know their new, short names.
 
     Args:
         model: changed in place.
         metadata: key-value pairs of the file.
-        keep: values that the caller looks for later; they are renamed with the others, and know their new names.
     """
     graph = model.graph
-    for value in keep:
-        value.meta["keep"] = True
     graph.sort()
     RemoveUnusedNodesPass()(model)
     read = {value for node in graph for value in node.inputs} | set(graph.outputs)
@@ -45,6 +42,8 @@ def compact(model: ir.Model, metadata: Mapping[str, str], keep: Iterable[ir.Valu
         _drop_defaults(node)
     model.opset_imports.clear()
     model.opset_imports[""] = graph.opset_imports.get("", 21)
+    for domain in sorted({node.domain for node in graph} - {""}):
+        model.opset_imports[domain] = 1
     model.functions.clear()
     graph.name = "g"
     model.producer_name, model.producer_version = "fewbits", None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .activations import Cut
     from .fold import Care
-    from .onnx import Built
+    from .markers import Built
 
 Array = npt.NDArray[Any]
 ENGINE = "engine"

@@ -26,7 +26,7 @@ from .sessions import missing
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from . import fold, onnx, parity
+    from . import fold, markers, parity
     from .graph import Normalisation
 
 CARE = "care"
@@ -224,7 +224,7 @@ def _metadata(student: nn.Module, class_names: Sequence[str]) -> dict[str, str]:
 
 
 def _more_care(
-    built: onnx.Built, found: parity.Parity, care: Mapping[str, fold.Care], minimum_equal: float, num_images: int
+    built: markers.Built, found: parity.Parity, care: Mapping[str, fold.Care], minimum_equal: float, num_images: int
 ) -> dict[str, fold.Care]:
     """The next step for layers whose codes differ in more than rounding explains; none when all is well.
 
@@ -241,7 +241,7 @@ def _more_care(
     return {name: fold.Care(level + 1) for name, level in levels.items() if level < highest}
 
 
-def _layers(network: nn.Module, built: onnx.Built, engine: Engine) -> tuple[LayerRow, ...]:
+def _layers(network: nn.Module, built: markers.Built, engine: Engine) -> tuple[LayerRow, ...]:
     rows, dynamic, kernels = [], _dynamic(network), engine.kernels(built)
     for site in built.sites:
         layer = network.get_submodule(site.layer)

@@ -7,41 +7,60 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from ..quantizers import Quantizer
-from . import activations, fold, weights
+from . import activations, fold, markers, weights
 from .activations import Cut
-from .builder import Builder, array_of, producer, replace
-from .compact import compact
+from .builder import Builder, array_of, replace
 from .fold import Care, Site
-from .graph import MARK
 from .inputs import in_float
+from .markers import Built
 from .movement import push_dequantize
+from .weights import WeightGrid
 
 
 @dataclass(frozen=True)
-class Built:
-    """A finished model and where to look in it.
+class OnnxRuntime:
+    """Lowers to QuantizeLinear, integer Clip, DequantizeLinear, and convolutions with an int32 bias.
 
     Args:
-        proto: what is written to the file.
-        cuts: activation codes, in the order in which they run.
-        sites: quantized layers, in the order in which they run.
+        care: layers that need more than the plain way.
     """
 
-    proto: onnx.ModelProto
-    cuts: tuple[Cut, ...]
-    sites: tuple[Site, ...]
+    care: Mapping[str, Care]
 
-    def layer_before(self, cut: Cut) -> str | None:
-        """The layer that gives the values of ``cut``, if one does."""
-        value: ir.Value | None = cut.value
-        while (node := producer(value, "Clip", "QuantizeLinear")) is not None:
-            value = node.inputs[0]
-        return next((site.layer for site in self.sites if site.result is value), None)
+    def prepare(self, builder: Builder) -> None:
+        """Means that the engine has a kernel for."""
+        _global_pools(builder)
+
+    def activation(
+        self, builder: Builder, mark: ir.Node, quantizer: Quantizer, name: str, call: int
+    ) -> tuple[ir.Value, Cut]:
+        """See ``activations.lower``."""
+        source = mark.inputs[0]
+        assert source is not None
+        return activations.lower(builder, source, quantizer, name, call)
+
+    def between(self, builder: Builder) -> None:
+        """See ``push_dequantize``."""
+        push_dequantize(builder)
+
+    def convolution(self, builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
+        """See ``fold.lower_convolution``."""
+        return fold.lower_convolution(builder, conv, grid, layer, self.care.get(layer, Care.PLAIN))
+
+    def linear(self, builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) -> Site:
+        """See ``fold.lower_linear``."""
+        return fold.lower_linear(builder, node, grid, layer, self.care.get(layer, Care.PLAIN))
+
+    def values(self, builder: Builder, grid: WeightGrid) -> ir.Value:
+        """See ``weights.decoded``."""
+        return weights.decoded(builder, grid)
+
+    def finish(self, builder: Builder) -> None:
+        """Float layers stay float."""
+        _float_weights(builder)
 
 
 def build(
@@ -55,60 +74,7 @@ def build(
         metadata: goes into the file.
         care: layers that need more than the plain way, see ``Care``.
     """
-    model = traced.clone()
-    builder = Builder(model.graph)
-    quantizers = {name: m for name, m in student.named_modules() if isinstance(m, Quantizer)}
-    marks = sorted(
-        (node for node in model.graph if node.op_type == MARK), key=lambda node: node.attributes["call"].as_int()
-    )
-    _global_pools(builder)
-    cuts, calls = [], dict.fromkeys(quantizers, 0)
-    for mark in marks:
-        name = mark.attributes["quantizer"].as_string()
-        quantizer = quantizers[name]
-        if quantizer.spec.role == "activation":
-            source = mark.inputs[0]
-            assert source is not None
-            value, cut = activations.lower(builder, source, quantizer, name, calls[name])
-            replace(mark.outputs[0], value)
-            # The weight's marker still stands: only what activations read is settled here.
-            builder.graph.remove(mark, safe=True)
-            cuts.append(cut)
-            calls[name] += 1
-    RemoveUnusedNodesPass()(model)
-    push_dequantize(builder)
-    sites: list[Site] = []
-    for mark in marks:
-        name = mark.attributes["quantizer"].as_string()
-        if quantizers[name].spec.role == "weight":
-            layer = name.rpartition(".")[0]
-            sites += _weights(builder, mark, quantizers[name], layer, (care or {}).get(layer, Care.PLAIN))
-    _float_weights(builder)
-    for mark in marks:
-        if mark.graph is not None:
-            builder.graph.remove(mark)
-    proto = compact(model, metadata, keep=[*(c.value for c in cuts), *(s.weight for s in sites)])
-    return Built(proto, tuple(cuts), tuple(sites))
-
-
-def _weights(builder: Builder, mark: ir.Node, quantizer: Quantizer, layer: str, care: Care) -> list[Site]:
-    parameter = mark.inputs[0]
-    assert parameter is not None
-    weight = array_of(parameter)
-    assert weight is not None, f"{layer} quantizes a weight that is no parameter"
-    grid = weights.encode(quantizer, torch.from_numpy(weight.copy()), f"{layer}.weight")
-    sites = []
-    for node in fold.layers_of(mark):
-        if fold.is_convolution(node, mark):
-            sites.append(fold.lower_convolution(builder, node, grid, layer, care))
-        elif fold.is_linear(node, mark):
-            sites.append(fold.lower_linear(builder, node, grid, layer, care))
-        else:
-            value = weights.decoded(builder, grid)
-            replace(mark.outputs[0], value)
-            reason = f"its weight goes into {node.op_type}, which has no integer kernel here"
-            return [Site(layer, value, reason, node.outputs[0])]
-    return sites
+    return markers.build(traced, student, metadata, OnnxRuntime(care or {}))
 
 
 def _float_weights(builder: Builder) -> None:

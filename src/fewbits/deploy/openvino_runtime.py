@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import xnor
+from .sessions import missing
 
 if TYPE_CHECKING:
     import onnx
@@ -31,9 +32,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise ImportError(
-            f'this needs {error.name}, which is not installed; pip install "fewbits[openvino]"', name=error.name
-        ) from error
+        raise missing(error, "openvino") from error
     return openvino
 
 

@@ -100,7 +100,7 @@ def reference(
         else:
             codes[key] = (found.integers + zero_point).to(torch.uint8).numpy()
             # From -1 to +1 it is one step, and the codes of signs are 0 and 2.
-            steps[key] = 2.0 if isinstance(module, SIGNS) and not places[key].is_bit else 1.0
+            steps[key] = 2.0 if isinstance(module, SIGNS) else 1.0
 
     for name, module in student.named_modules():
         if isinstance(module, Quantizer):

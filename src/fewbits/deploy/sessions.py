@@ -17,9 +17,11 @@ INTEGER_KERNELS = frozenset({"QLinearConv", "QLinearMatMul", "QGemm", "MatMulInt
 """What a quantized layer becomes if it is multiplied in integers; anything else runs in float."""
 
 
-def missing(error: ImportError) -> ImportError:
+def missing(error: ImportError, extra: str = "onnx") -> ImportError:
     """The error that says which extra to install."""
-    return ImportError(f'this needs {error.name}, which is not installed; pip install "fewbits[onnx]"', name=error.name)
+    return ImportError(
+        f'this needs {error.name}, which is not installed; pip install "fewbits[{extra}]"', name=error.name
+    )
 
 
 def open_session(

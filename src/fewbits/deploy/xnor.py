@@ -7,14 +7,13 @@ Thresholds and outputs have to have the shape [1, C, 1, 1], or the kernel comput
 
 from __future__ import annotations
 
-from enum import Enum
-
 import numpy as np
 import onnx_ir as ir
 
 from ..quantizers import Quantizer
 from ..quantizers.sign import ReActActivation
 from .builder import Builder
+from .openvino_weights import DOMAIN as OPENVINO
 from .packing import pack
 from .weights import Floats, WeightGrid
 
@@ -25,18 +24,11 @@ CHANNELS = 8
 """Input channels have to be a multiple of this, or the kernel is wrong without a word."""
 
 
-class Choice(Enum):
-    """The kernel of layers with one-bit weights and activations."""
-
-    XNOR = "xnor"
-    INT8 = "int8"
-
-
 def bits(builder: Builder, x: ir.Value, quantizer: Quantizer) -> ir.Value:
     """1 where the quantizer gives +1, 0 where it gives -1: OpenVINO's FakeQuantize of two levels."""
     below = threshold(x, quantizer)
     ends = [builder.constant(end, np.float32) for end in (below, below, np.zeros_like(below), np.ones_like(below))]
-    return builder.append(ir.node("FakeQuantize", [x, *ends], {"levels": 2}, domain="org.openvinotoolkit"))
+    return builder.append(ir.node("FakeQuantize", [x, *ends], {"levels": 2}, domain=OPENVINO))
 
 
 def threshold(x: ir.Value, quantizer: Quantizer) -> Floats:
