@@ -64,6 +64,11 @@ def teacher_grids(networks: Networks, taps: Sequence[Tap]) -> nn.ModuleList:
             "to; this one's are float"
         )
     method = plan.quantizer if len(METHODS[plan.quantizer].bits) > 1 else "lsq"
+    return fitted_grids(networks, taps, method, plan.activations)
+
+
+def fitted_grids(networks: Networks, taps: Sequence[Tap], method: str, bits: int) -> nn.ModuleList:
+    """Untrained activation quantizers, one for each of ``taps``, set from the teacher's features of the example."""
     teacher = networks.network("teacher")
     modes = [(module, module.training) for module in teacher.modules()]
     hooks = Taps(taps, networks.student, teacher)
@@ -77,7 +82,7 @@ def teacher_grids(networks: Networks, taps: Sequence[Tap]) -> nn.ModuleList:
             module.training = mode
     grids = nn.ModuleList()
     for tap in taps:
-        grid = build(QuantSpec(method, plan.activations, "activation"), 1, 1).to(networks.example.device)
+        grid = build(QuantSpec(method, bits, "activation"), 1, 1).to(networks.example.device)
         grid.calibrate(features[tap])
         grids.append(grid)
     return grids.requires_grad_(False)

@@ -21,9 +21,7 @@ from ..convert import FLOAT_BITS, plan_of
 from ..distill import CrossEntropy, Group, LogitDistance, Networks, Step, Tap, Term
 from ..distill.base import NetworkName
 from ..distill.feature_losses import AttentionForm, attention_map_distance, squared_error
-from ..distill.taps import Taps
-from ..distill.terms import same_shape
-from ..quantizers import QuantSpec, build
+from ..distill.terms import fitted_grids, same_shape
 from .base import Frozen, Recipe, TeacherPolicy
 
 Grid = Literal["data", "unit"]
@@ -87,21 +85,7 @@ class QuantizedMaps(Term):
         bits = self.bits or (plan.activations if plan else FLOAT_BITS)
         if bits == FLOAT_BITS:
             return None
-        taps, teacher = self._of(networks, "teacher"), networks.network("teacher")
-        hooks, was_training = Taps(taps, networks.student, teacher), teacher.training
-        try:
-            with torch.no_grad():
-                teacher.eval()(networks.example)
-            features = hooks.collect()
-        finally:
-            hooks.remove()
-            teacher.train(was_training)
-        quantizers = nn.ModuleList()
-        for tap in taps:
-            quantizer = build(QuantSpec("lsq" if self.grid == "data" else "dorefa", bits, "activation"), 1, 1)
-            quantizer.calibrate(features[tap])
-            quantizers.append(quantizer.to(networks.example.device))
-        return quantizers.requires_grad_(False)
+        return fitted_grids(networks, self._of(networks, "teacher"), "lsq" if self.grid == "data" else "dorefa", bits)
 
     def pairs(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
         """(nu, Q(mu)) at each tap."""
