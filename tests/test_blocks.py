@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fewbits.blocks import BiRealBlock, FloatConv2d, binary_blocks, bireal, make_branch, rewrite
 from fewbits.calibration import calibrate
-from fewbits.convert import float_state, quantize
+from fewbits.convert import Rule, float_state, quantize
 from fewbits.layers import QuantConv2d
 from fewbits.models import build
 from fewbits.models.resnet_cifar import CifarResNet, PadShortcut
@@ -128,6 +128,18 @@ def test_option_a_keeps_its_channels():
     wanted = PadShortcut(4, 8, 1)(pooled)
     torch.testing.assert_close(block.shortcut(x), wanted, rtol=1e-4, atol=1e-4)
     assert isinstance(block.shortcut.get_submodule("conv"), FloatConv2d)
+
+
+def test_shortcuts_of_eight_bits():
+    float_net = network()
+    rule = Rule("*.shortcut.conv", 8, 8, "lsq")
+    student = quantize(bireal(float_net, "prelu", float_shortcut=False), 1, 1, rules=[rule])
+    conv = student.get_submodule("layer2.0.shortcut.conv")
+    assert isinstance(conv, QuantConv2d)
+    assert (conv.weight_quantizer.bits, conv.input_quantizer.bits) == (8, 8)
+    assert float_state(student).keys() == bireal(float_net, "prelu").state_dict().keys()
+    calibrate(student, [images(16)])
+    torch.testing.assert_close(conv.weight_quantizer(conv.weight), conv.weight, rtol=0, atol=1 / 127)
 
 
 def test_a_projection_keeps_its_weights():

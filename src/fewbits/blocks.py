@@ -87,17 +87,22 @@ def bireal(
     activation: Activation = "none",
     branch: Branch | None = None,
     reduction: int | None = None,
+    float_shortcut: bool = True,
 ) -> nn.Module:
     """A copy of a residual network with a shortcut around every 3x3 convolution, weights kept; see ``rewrite``.
 
     Made before ``quantize``, it is a network like any other, which every recipe trains:
-    ``quantize(bireal(teacher), 1, 1)``. Down-sampling shortcuts and branches stay float.
+    ``quantize(bireal(teacher), 1, 1)``. Down-sampling shortcuts and branches stay float, as in the papers. The
+    shortcuts are a quarter of a binary ResNet-18's file; with 8 bits they take a quarter of that:
+    ``quantize(bireal(teacher, float_shortcut=False), 1, 1, rules=[Rule("*.shortcut.conv", 8, 8, "lsq")])``.
 
     Args:
         model: with ResNet's basic blocks (ours, timm's, torchvision's); float or quantized.
         activation: behind each addition and behind the stem, ``"prelu"`` (slope 0.25 for each channel) or ``"none"``.
         branch: see ``make_branch``; None adds none.
         reduction: of the branch's channels.
+        float_shortcut: whether the 1x1 convolutions of down-sampling shortcuts stay float; False makes them layers like
+            any other, which want a rule of their own in a network of one bit.
 
     Raises:
         ValueError: there is no basic block, or one that holds more than two convolutions and a shortcut.
@@ -107,7 +112,7 @@ def bireal(
     ['AvgPool2d', 'FloatConv2d', 'BatchNorm2d']
     """
     model = copy.deepcopy(model)
-    rewrite(model, activation, branch, reduction)
+    rewrite(model, activation, branch, reduction, float_shortcut)
     return model
 
 
@@ -116,6 +121,7 @@ def rewrite(
     activation: Activation | None = None,
     branch: Branch | None = None,
     reduction: int | None = None,
+    float_shortcut: bool = True,
 ) -> None:
     """Turn each basic block of ``model`` into a ``BiRealBlock``, in place.
 
@@ -129,6 +135,7 @@ def rewrite(
         activation: see ``bireal``; None means "none", or what is there already.
         branch: see ``make_branch``.
         reduction: of the branch's channels.
+        float_shortcut: see ``bireal``; not read where the blocks are there already.
 
     Raises:
         ValueError: see ``bireal``; or the blocks are there already, with another activation or another branch.
@@ -139,7 +146,7 @@ def rewrite(
     if binary_blocks(model):
         _check_activation(model, activation)
     else:
-        _replace_blocks(model, activation or "none")
+        _replace_blocks(model, activation or "none", FloatConv2d if float_shortcut else nn.Conv2d)
     if branch is not None:
         for block in binary_blocks(model):
             if block.branch1 is not None or block.branch2 is not None:
@@ -229,7 +236,7 @@ def _check_activation(model: nn.Module, activation: Activation | None) -> None:
         raise ValueError(f"activation={activation!r}: the blocks are there already, with {there!r}; leave it out")
 
 
-def _replace_blocks(model: nn.Module, activation: Activation) -> None:
+def _replace_blocks(model: nn.Module, activation: Activation, shortcut: type[nn.Conv2d]) -> None:
     blocks = list(_basic_blocks(model))
     if not blocks:
         raise ValueError(
@@ -243,7 +250,7 @@ def _replace_blocks(model: nn.Module, activation: Activation) -> None:
         )
     for name, block in blocks:
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], _binary_block(name, block, activation))
+        setattr(parent, name.rpartition(".")[2], _binary_block(name, block, activation, shortcut))
     for name, module in list(model.named_children()):
         if isinstance(module, nn.ReLU):
             channels = cast(nn.Conv2d, blocks[0][1].get_submodule("conv1")).in_channels
@@ -264,7 +271,7 @@ def _basic_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _binary_block(name: str, block: nn.Module, activation: Activation) -> BiRealBlock:
+def _binary_block(name: str, block: nn.Module, activation: Activation, shortcut: type[nn.Conv2d]) -> BiRealBlock:
     for extra in _EXTRAS:
         if not isinstance(getattr(block, extra, None), nn.Identity | None):
             raise ValueError(f"block {name} has {extra!r}, which a block with double shortcuts has no place for")
@@ -272,17 +279,17 @@ def _binary_block(name: str, block: nn.Module, activation: Activation) -> BiReal
     assert isinstance(conv1, nn.Conv2d)
     assert isinstance(conv2, nn.Conv2d)
     old = getattr(block, "shortcut", getattr(block, "downsample", None))
-    rewritten = BiRealBlock(conv1, bn1, conv2, bn2, _shortcut(conv1, old), activation)
+    rewritten = BiRealBlock(conv1, bn1, conv2, bn2, _shortcut(conv1, old, shortcut), activation)
     return rewritten.to(conv1.weight.device)
 
 
 @torch.no_grad()
-def _shortcut(conv1: nn.Conv2d, old: nn.Module | None) -> nn.Module:
-    """AvgPool2, a float 1x1 convolution and BN, where the shape changes."""
+def _shortcut(conv1: nn.Conv2d, old: nn.Module | None, kind: type[nn.Conv2d]) -> nn.Module:
+    """AvgPool2, a 1x1 convolution and BN, where the shape changes."""
     stride, num_in, num_out = int(conv1.stride[0]), conv1.in_channels, conv1.out_channels
     if stride == 1 and num_in == num_out:
         return nn.Identity()
-    conv, bn = FloatConv2d(num_in, num_out, 1, bias=False), nn.BatchNorm2d(num_out)
+    conv, bn = kind(num_in, num_out, 1, bias=False), nn.BatchNorm2d(num_out)
     learned = [m for m in old.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)] if old is not None else []
     if learned:
         conv.weight.copy_(cast(nn.Conv2d, learned[0]).weight)

@@ -12,6 +12,9 @@ from .blocks import Branch, bireal
 from .convert import Plan, Rule, quantize
 from .recipes import make
 
+INT8 = "int8"
+"""In the option ``blocks``: shortcuts of 8 bits."""
+
 
 def float_architecture(run: Mapping[str, Any]) -> nn.Module:
     """The float network of ``run.json`` as the run began with it, with random weights."""
@@ -47,12 +50,19 @@ def with_blocks(network: nn.Module, blocks: str) -> nn.Module:
     if blocks == "none":
         return network
     first, *parts = blocks.split("+")
-    branches = [part for part in parts if part != "prelu"]
-    if first != "bireal" or len(branches) > 1 or parts.count("prelu") > 1 or set(branches) - set(get_args(Branch)):
+    branches = [part for part in parts if part not in ("prelu", INT8)]
+    if first != "bireal" or len(branches) > 1 or len(set(parts)) < len(parts) or set(branches) - set(get_args(Branch)):
         raise ValueError(
-            f"blocks must be none or bireal, with +prelu and one of +{', +'.join(get_args(Branch))}; got {blocks!r}"
+            f"blocks must be none or bireal, with +prelu, +{INT8} and one of +{', +'.join(get_args(Branch))}, "
+            f"each once; got {blocks!r}"
         )
-    return bireal(network, "prelu" if "prelu" in parts else "none", cast("Branch | None", (*branches, None)[0]))
+    branch = cast("Branch | None", (*branches, None)[0])
+    return bireal(network, "prelu" if "prelu" in parts else "none", branch, float_shortcut=INT8 not in parts)
+
+
+def rules_of(blocks: str) -> tuple[Rule, ...]:
+    """The rules that a plan needs for ``blocks``: where shortcuts have 8 bits, they are those of LSQ."""
+    return (Rule("*.shortcut.conv", 8, 8, "lsq"),) if INT8 in blocks.split("+") else ()
 
 
 def plan_from_data(entries: Mapping[str, Any], where: str = "run.json") -> Plan:

@@ -115,7 +115,9 @@ def test_blockwise_is_trained_exported_measured_and_resumed(teacher: Path, tmp_p
 def test_wrong_blocks(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for text in ("birael", "bireal+relu", "bireal+squeeze+grouped", "prelu"):
         assert run(*binary(teacher, tmp_path / "run", "--blocks", text)) == 1
-        assert "blocks must be none or bireal, with +prelu and one of" in " ".join(capsys.readouterr().err.split())
+        assert "blocks must be none or bireal, with +prelu, +int8 and one of" in " ".join(
+            capsys.readouterr().err.split()
+        )
     assert run(*binary(teacher, tmp_path / "run", "--recipe", "blockwise", "--quantizer", "lsq", "--residual", 8)) == 1
     assert "residual=None (--residual none" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "student.safetensors").exists()

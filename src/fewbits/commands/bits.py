@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..convert import FLOAT_BITS, Plan
+from ..runs import rules_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Bits:
         keep: layers that stay float, as patterns of qualified names.
         granularity: one weight scale per tensor or per channel (lsq).
         blocks: none, or bireal for a shortcut around every 3x3 convolution, with +prelu behind the additions and
-            +bottleneck, +squeeze or +grouped for a float branch beside each; bireal+prelu, for example.
+            +bottleneck, +squeeze or +grouped for a float branch beside each, and with +int8 for 8-bit shortcuts where
+            the shape changes (else float); bireal+prelu+int8, for example.
     """
 
     weights: int = 4
@@ -57,6 +59,7 @@ class Bits:
         if self.granularity not in ("tensor", "channel"):
             raise ValueError(f"granularity must be tensor or channel, got {self.granularity!r}")
         rest: dict[str, Any] = {"keep": self.keep, "ends": ends, "granularity": self.granularity}
+        rest["rules"] = rules_of(self.blocks)
         return Plan.of(self.weights, self.activations, self.quantizer or quantizer, residual, **rest)
 
 
