@@ -39,6 +39,8 @@ BIT = "fewbits.bit"
 """Key in a value's ``meta``: True if it is 0 and 1 where the quantizer gives -1 and +1, False if it is -1 and +1."""
 
 LEVELS = 256
+FARTHEST = 2.0**14
+"""So many steps may an interval lie from zero: a rounding boundary is then a float32 to a thousandth of a step."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ def _activation(
     if lowest < 0 and not shift and any(use.node.op_type == "Add" for use in mark.outputs[0].uses()):
         value = _rounded(builder, x, scale, lowest, highest)
         return value, Cut(name, call, value, None)
-    if highest - lowest + 1 < LEVELS:
+    if abs(shift) > FARTHEST * step:
+        x = _shifted(builder, x, step, shift, lowest, highest)
+        step, shift = 1.0, 0.0
+    elif highest - lowest + 1 < LEVELS:
         ends = (builder.constant(end * step + shift, np.float32) for end in (lowest, highest))
         x = builder.node("Clip", x, *ends)
     last = lowest + LEVELS - 1
@@ -150,6 +155,18 @@ def _activation(
     )
     value.meta[GRID] = Grid(scale, -lowest, 0, highest - lowest)
     return value, Cut(name, call, value, None)
+
+
+def _shifted(builder: Builder, x: ir.Value, step: float, shift: float, lowest: int, highest: int) -> ir.Value:
+    """Codes of an interval that is narrow beside where it lies, as floats.
+
+    FakeQuantize takes bounds in float32, which are the same number there: OpenVINO 2026.4 then divides by zero, and
+    where it fuses that into a convolution it says "could not append an elementwise post-op".
+    """
+    value = builder.node("Sub", x, builder.constant(shift, np.float32))
+    value = builder.node("Mul", value, builder.constant(1 / step, np.float32))
+    ends = (builder.constant(float(end), np.float32) for end in (lowest, highest))
+    return builder.node("Clip", builder.node("Round", value), *ends)
 
 
 def _rounded(builder: Builder, x: ir.Value, step: float, lowest: int, highest: int) -> ir.Value:
