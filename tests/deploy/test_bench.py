@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.deploy import accuracy, bench, export
+from fewbits.deploy import accuracy, bench, costs, export
 
 from .networks import Residual, images, live, student
 
@@ -28,6 +28,29 @@ def test_rows_and_ratios(files: dict[str, Path]):
             assert (row.ratio, row.verdict) == (1.0, "")
         else:
             assert ("slower" in row.verdict) == (row.ratio > 1)
+
+
+def test_peak_memory_holds_the_batch(files: dict[str, Path]):
+    batch = 8192
+    rows = bench({"float": files["float"]}, images(1), batch_sizes=(1, batch), repeats=1, memory=True)
+    small, large = (row.memory_bytes for row in rows)
+    if small is None or large is None:
+        pytest.skip("this system keeps no peak")
+    one_map = 4 * batch * 8 * 8 * 8  # what the stem gives, 8 channels in float
+    assert large - small > one_map
+    assert large < 20 * one_map
+    assert rows[0].images_per_second == pytest.approx(1e3 / rows[0].latency_ms)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_costs_name_the_layers(engine: str, tmp_path: Path):
+    pytest.importorskip(engine)
+    model, path = student(Residual(), 2, 2), tmp_path / "student.onnx"
+    export(model, path, example=images(8), normalisation=None, minimum_equal=0.0, engine=engine)
+    found = costs(path, images(2), batch_size=4, repeats=5)
+    assert {"stem", "conv1", "conv2", "head"} <= {row.name for row in found}
+    assert [row.ms for row in found] == sorted((row.ms for row in found), reverse=True)
+    assert sum(row.share for row in found) == pytest.approx(1)
 
 
 def test_accuracy_is_pytorchs(files: dict[str, Path]):

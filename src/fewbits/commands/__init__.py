@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .bench import Bench, bench
 from .bits import Bits
 from .compare import Compare, compare
 from .demo import Demo, demo
 from .pack import Pack, pack
 from .parity import Engines, Parity, engines, parity
 from .runs import load_run, run_data
-from .ship import Bench, Export, bench, export
+from .ship import Export, export
 from .show import Data, Recipes, Report, Summary, data, recipes, report, summary
 from .train import Train, train
 

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from ..training import Settings
+from .bench import Bench, bench
 from .bits import Bits
 from .runs import run_result
-from .ship import Bench, Export, bench, export
+from .ship import Export, export
 from .show import Report, Summary, report, summary
 from .train import Train, train
 
@@ -62,7 +63,7 @@ def demo(config: Demo) -> Path:
     for run in runs:
         export(Export(run))
     for run in runs[1:]:
-        bench(Bench(run))
+        bench(Bench(run, threads=(1,), memory=False))
     summary(Summary(runs[-1]))
     console.rule("5. report")
     page = report(Report(tuple(runs), config.output / "report.html"))

@@ -1,28 +1,23 @@
-"""``fewbits export`` and ``fewbits bench``: the trained student as a file for an engine, measured beside float."""
+"""``fewbits export``: the trained student as a file for an engine."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import models
-from ..convert import Plan, float_state, plan_of
+from ..convert import Plan, plan_of
 from ..data import Dataset, Normalisation
-from ..runs import float_architecture, restructured
 from ..training import accuracy, read_json
 from ..training.folder import RUN
+from .machine import machine
 from .runs import load_run, run_data
 
 DEFAULT_ENGINE = "onnxruntime"
@@ -55,26 +50,6 @@ class Export:
     output: Path | None = None
     minimum_equal: float = 0.995
     freeze_ranges: bool = False
-    data_root: Path | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure size, load time and latency of an exported run beside the float network, in one interleaved run.
-
-    Args:
-        run: a run folder; it is exported for ONNX Runtime first if that has not been done. A file for OpenVINO that
-            lies there takes part, beside the float network in that engine.
-        threads: of the engine.
-        batch_sizes: images at a time.
-        repeats: measurements of each.
-        data_root: the folder that holds the data sets.
-    """
-
-    run: Path
-    threads: int = 1
-    batch_sizes: tuple[int, ...] = (1, 64)
-    repeats: int = 30
     data_root: Path | None = None
 
 
@@ -159,107 +134,12 @@ def _export_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def bench(config: Bench) -> list[dict[str, Any]]:
-    """Carry out ``config``; leaves ``bench.json`` in the run folder."""
-    from ..deploy import bench as bench_files
-    from ..deploy import export as export_student
-
-    path = config.run / "student.onnx"
-    if not path.exists():
-        export(Export(config.run, data_root=config.data_root))
-    student, normalisation = load_run(config.run)
-    data = run_data(config.run, config.data_root)
-    images = data.pixels(max(config.batch_sizes))
-    # The run folder's own file stays the only one of its kind there: the float network is measured from elsewhere.
-    with tempfile.TemporaryDirectory() as elsewhere:
-        float_path = Path(elsewhere) / "float.onnx"
-        export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
-        files = {"float": float_path, "student": path}
-        other = _for_openvino(config.run, student)
-        if other is not None:
-            float_other = Path(elsewhere) / "float.xml"
-            network = float_network(config.run, student)
-            export_student(network, float_other, example=images[:64], normalisation=normalisation, engine="openvino")
-            files |= {"float, openvino": float_other, "student, openvino": other}
-        rows = bench_files(
-            files,
-            images,
-            threads=config.threads,
-            batch_sizes=config.batch_sizes,
-            repeats=config.repeats,
-        )
-    entries = [asdict(row) for row in rows]
-    measured = {"format": 1, "machine": machine(), "rows": entries}
-    (config.run / "bench.json").write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n")
-    table = Table("network", "batch", "threads", "latency, ms", "ratio to float", "size, bytes", "load, ms")
-    for row in entries:
-        table.add_row(
-            row["name"],
-            str(row["batch_size"]),
-            str(row["threads"]),
-            f"{row['latency_ms']:.3f}",
-            f"{row['ratio']:.2f}",
-            f"{row['size_bytes']:,}",
-            f"{row['load_ms']:.0f}",
-        )
-    console = Console()
-    console.print(table)
-    if read_json(config.run / RUN).get("plan") is None:
-        console.print("This run is a float network: student and float are the same network, and their ratio is noise.")
-        return entries
-    for row in entries:
-        if row["name"].startswith("student") and row["ratio"] > 1:
-            console.print(
-                f"At batch {row['batch_size']} the low-bit network ({row['name']}) is slower than float here."
-            )
-    return entries
-
-
-def _for_openvino(folder: Path, student: nn.Module) -> Path | None:
-    """The run's file for OpenVINO, in either form.
-
-    Raises:
-        ValueError: it holds a network of another plan.
-    """
-    from ..deploy.engines import ENGINES
-
-    found = [path for suffix in (".onnx", ".xml") if (path := folder / f"student-openvino{suffix}").exists()]
-    if not found:
-        return None
-    plan = plan_of(student)
-    written = ENGINES["openvino"].metadata(found[0]).get("plan")
-    if written != (None if plan is None else json.dumps(asdict(plan), sort_keys=True)):
-        raise ValueError(f"{found[0]} is not of this run: it has another plan; export again, or remove it")
-    return found[0]
-
-
 def _training_images(folder: Path, data: Dataset, normalisation: Normalisation) -> Iterator[Tensor]:
     """A few batches of the run's training images, of its batch size: ranges depend on it."""
     size = min(read_json(folder / RUN)["settings"]["batch_size"], data.train.num_samples)
     batches = data.train.batches(batch_size=size, normalisation=normalisation, shuffle=True, drop_last=True)
     for _, (images, _labels) in zip(range(RANGE_BATCHES), batches, strict=False):
         yield images
-
-
-def machine() -> dict[str, Any]:
-    """What ran a measurement: processor, cores, engine."""
-    model = next(
-        (line.split(":")[1].strip() for line in _processor() if line.startswith("model name")), platform.machine()
-    )
-    return {"processor": model, "cores": os.cpu_count(), "onnxruntime": version("onnxruntime")}
-
-
-def _processor() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def float_network(folder: Path, student: nn.Module) -> nn.Module:
-    """The float network of a run's architecture with the student's latent weights: what it is measured beside."""
-    run = read_json(folder / RUN)
-    network = restructured(float_architecture(run), run)
-    models.load_into(network, float_state(student), what="the student's latent weights")
-    return network.eval()
 
 
 def _pixels(data: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

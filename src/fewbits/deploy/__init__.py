@@ -1,6 +1,7 @@
 """From a trained network to a file that an engine runs: small, fused to integer kernels, and proved equal."""
 
-from .bench import BenchRow, accuracy, bench
+from .bench import BenchRow, accuracy, bench, costs
+from .costs import Cost
 from .export import export
 from .freeze import freeze_ranges
 from .packed import Packed, load_packed, pack
@@ -11,6 +12,7 @@ from .result import CodeRow, Exported, LayerRow, ParityError
 __all__ = [
     "BenchRow",
     "CodeRow",
+    "Cost",
     "Exported",
     "LayerRow",
     "Packed",
@@ -19,6 +21,7 @@ __all__ = [
     "Proof",
     "accuracy",
     "bench",
+    "costs",
     "export",
     "freeze_ranges",
     "load_packed",

@@ -1,4 +1,4 @@
-"""Size, load time and latency of exported files, side by side in one interleaved run; accuracy inside the engine."""
+"""Size, load time, latency and memory of exported files, side by side in one run; accuracy inside the engine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .costs import Cost
 from .engines import ENGINES, Session, engine_of
+from .memory import INPUT, OUTPUT, peaks
 
-INPUT, OUTPUT = "images", "logits"
 ROUNDS = 3
 """How often each file's turn comes; what slows the machine down for a while then hits all of them."""
 
@@ -31,6 +32,8 @@ class BenchRow:
         size_bytes: of the file.
         load_ms: median time to load it, unpacking and fusing included.
         latency_ms: median time of one batch.
+        images_per_second: what follows from it.
+        memory_bytes: what loading and running the file adds to a process at most; None where it was not measured.
         ratio: latency over that of the first file (float, if it was given first); below 1 is faster.
         verdict: the ratio in words.
     """
@@ -41,6 +44,8 @@ class BenchRow:
     size_bytes: int
     load_ms: float
     latency_ms: float
+    images_per_second: float
+    memory_bytes: int | None
     ratio: float
     verdict: str
 
@@ -52,6 +57,7 @@ def bench(
     threads: int = 1,
     batch_sizes: Sequence[int] = (1, 64),
     repeats: int = 30,
+    memory: bool = False,
 ) -> list[BenchRow]:
     """Measure exported files beside each other: A B A B, with one session alive at a time.
 
@@ -61,6 +67,7 @@ def bench(
         threads: of the engine.
         batch_sizes: images at a time.
         repeats: measurements of each file at each batch size.
+        memory: whether to measure peak memory as well, in a process of its own for each file (Linux only).
 
     Raises:
         ImportError: the extra ``onnx`` is not installed.
@@ -86,6 +93,11 @@ def bench(
             for size, values in measured.items():
                 times[name, size] += values
     first = next(iter(files))
+    sizes = sorted(set(batch_sizes))
+    held: dict[tuple[str, int], int] = {}
+    for name, path in files.items() if memory else ():
+        found = peaks(path, images.shape[1:], sizes, threads=threads)
+        held |= {(name, size): peak for size, peak in zip(sizes, found or (), strict=False)}
     rows = []
     for size in batch_sizes:
         reference = statistics.median(times[first, size])
@@ -93,7 +105,8 @@ def bench(
             latency = statistics.median(times[name, size])
             load, ratio = statistics.median(loads[name]), latency / reference
             verdict = "" if name == first else _verdict(first, ratio)
-            rows.append(BenchRow(name, size, threads, size_of(path), load, latency, ratio, verdict))
+            speed, peak = 1e3 * size / latency, held.get((name, size))
+            rows.append(BenchRow(name, size, threads, size_of(path), load, latency, speed, peak, ratio, verdict))
     return rows
 
 
@@ -121,6 +134,28 @@ def accuracy(path: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tenso
     if total == 0:
         raise ValueError("batches holds no image; accuracy needs at least one")
     return right / total
+
+
+def costs(
+    path: str | os.PathLike[str], example: Tensor, *, batch_size: int = 1, threads: int = 1, repeats: int = 30
+) -> list[Cost]:
+    """What each layer of a file takes in its engine, the most expensive first.
+
+    Args:
+        path: an exported file.
+        example: images in 0..1, N x C x H x W; repeated where a batch is larger.
+        batch_size: images at a time.
+        threads: of the engine.
+        repeats: measurements.
+
+    Raises:
+        ImportError: the extra ``onnx`` is not installed.
+        ValueError: the file does not load.
+    """
+    path = Path(path)
+    images = example.detach().cpu().float().numpy()
+    feeds = {INPUT: np.resize(images, (batch_size, *images.shape[1:]))}
+    return ENGINES[engine_of(path)].costs(path, feeds, threads=threads, repeats=repeats)
 
 
 def size_of(path: Path) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .activations import Cut
+    from .costs import Cost
     from .fold import Care
     from .markers import Built
 
@@ -60,6 +61,9 @@ class Engine(Protocol):
 
     def is_integer(self, kernel: str) -> bool:
         """Whether a kernel multiplies integers or bits."""
+
+    def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
+        """What each operator of a file takes, the most expensive first."""
 
     def write(self, built: Built, path: Path) -> tuple[Path, ...]:
         """Leave the finished files, ``path`` first."""
@@ -113,6 +117,12 @@ class OnnxRuntime:
         from .sessions import INTEGER_KERNELS
 
         return kernel in INTEGER_KERNELS
+
+    def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
+        """See ``costs.of_onnxruntime``."""
+        from .costs import of_onnxruntime
+
+        return of_onnxruntime(path, feeds, threads=threads, repeats=repeats)
 
     def write(self, built: Built, path: Path) -> tuple[Path, ...]:
         """One file; the same network gives the same bytes."""
@@ -168,6 +178,12 @@ class OpenVINO:
     def is_integer(self, kernel: str) -> bool:
         """Kernels end in the precision that they work in."""
         return kernel.lower().endswith(("_i8", "_u8", "_u1"))
+
+    def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
+        """See ``costs.of_openvino``."""
+        from .costs import of_openvino
+
+        return of_openvino(path, feeds, threads=threads, repeats=repeats)
 
     def write(self, built: Built, path: Path) -> tuple[Path, ...]:
         """One file or two.

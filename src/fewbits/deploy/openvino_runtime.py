@@ -69,6 +69,7 @@ def _binary_convolution(node: Any) -> list[Any]:
     bits = ov.Tensor(ov.Type.u1, shape)
     bits.data.reshape(-1).view(np.uint8)[:] = packed.reshape(-1)
     weight = ov.op.Constant(bits, shared_memory=False)
+    weight.set_friendly_name(node.get_input(1).get_node().get_friendly_name())
     pads = node.get_attribute("pads")
     half = len(pads) // 2
     product = ops.binary_convolution(

@@ -1,0 +1,167 @@
+"""``fewbits bench``: exported files measured beside the float network."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .. import models
+from ..convert import float_state, plan_of
+from ..runs import float_architecture, restructured
+from ..training import read_json
+from ..training.folder import RUN
+from .machine import machine
+from .runs import load_run, run_data
+from .ship import Export, export
+
+ALL = 0
+"""As a number of threads: one for each core."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure size, load time, latency, throughput and peak memory of an exported run beside float, interleaved.
+
+    Args:
+        run: a run folder; it is exported for ONNX Runtime first if that has not been done. A file for OpenVINO that
+            lies there takes part, beside the float network in that engine.
+        threads: of the engine, one or several; 0 is one for each core.
+        batch_sizes: images at a time.
+        repeats: measurements of each.
+        memory: measure peak memory too, in a process of its own for each file (Linux only).
+        layers: how many of the most expensive layers of each of the student's files are named.
+        data_root: the folder that holds the data sets.
+    """
+
+    run: Path
+    threads: tuple[int, ...] = (1, ALL)
+    batch_sizes: tuple[int, ...] = (1, 64)
+    repeats: int = 30
+    memory: bool = True
+    layers: int = 5
+    data_root: Path | None = None
+
+
+def bench(config: Bench) -> list[dict[str, Any]]:
+    """Carry out ``config``; leaves ``bench.json`` in the run folder.
+
+    Raises:
+        ValueError: the run is not finished, counts below their least, a file of another network.
+    """
+    from ..deploy import bench as bench_files
+    from ..deploy import costs
+    from ..deploy import export as export_student
+
+    if config.layers < 0 or min(config.threads, default=-1) < 0:
+        raise ValueError(f"layers and threads must be at least 0, got {config.layers} and {list(config.threads)}")
+    cores = os.cpu_count() or 1
+    threads = list(dict.fromkeys(number or cores for number in config.threads))
+    path = config.run / "student.onnx"
+    if not path.exists():
+        export(Export(config.run, data_root=config.data_root))
+    student, normalisation = load_run(config.run)
+    data = run_data(config.run, config.data_root)
+    images = data.pixels(max(config.batch_sizes))
+    students = {"student": path}
+    # The run folder's own file stays the only one of its kind there: the float network is measured from elsewhere.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        float_path = Path(elsewhere) / "float.onnx"
+        export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
+        files = {"float": float_path, "student": path}
+        other = _for_openvino(config.run, student)
+        if other is not None:
+            float_other = Path(elsewhere) / "float.xml"
+            network = float_network(config.run, student)
+            export_student(network, float_other, example=images[:64], normalisation=normalisation, engine="openvino")
+            files |= {"float, openvino": float_other, "student, openvino": other}
+            students["student, openvino"] = other
+        entries = [
+            asdict(row)
+            for number in threads
+            for row in bench_files(
+                files,
+                images,
+                threads=number,
+                batch_sizes=config.batch_sizes,
+                repeats=config.repeats,
+                memory=config.memory and number == threads[0],
+            )
+        ]
+    layers = {
+        name: [asdict(cost) for cost in costs(file, images, repeats=config.repeats)]
+        for name, file in (students.items() if config.layers else ())
+    }
+    measured = {"format": 1, "machine": machine(), "rows": entries, "layers": layers}
+    (config.run / "bench.json").write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n")
+    console = Console()
+    console.print(_table(entries))
+    for name, found in layers.items():
+        console.print(_most_expensive(name, found[: config.layers]), highlight=False)
+    if read_json(config.run / RUN).get("plan") is None:
+        console.print("This run is a float network: student and float are the same network, and their ratio is noise.")
+        return entries
+    for row in entries:
+        if row["name"].startswith("student") and row["ratio"] > 1:
+            where = f"batch {row['batch_size']}, {row['threads']} threads"
+            console.print(f"At {where} the low-bit network ({row['name']}) is slower than float here.")
+    return entries
+
+
+def float_network(folder: Path, student: nn.Module) -> nn.Module:
+    """The float network of a run's architecture with the student's latent weights: what it is measured beside."""
+    run = read_json(folder / RUN)
+    network = restructured(float_architecture(run), run)
+    models.load_into(network, float_state(student), what="the student's latent weights")
+    return network.eval()
+
+
+def _table(entries: list[dict[str, Any]]) -> Table:
+    table = Table("network", "batch", "threads", "latency, ms", "ratio to float", "images/s", "peak memory, MB")
+    table.add_column("size, bytes")
+    table.add_column("load, ms")
+    for row in entries:
+        peak = row["memory_bytes"]
+        table.add_row(
+            row["name"],
+            str(row["batch_size"]),
+            str(row["threads"]),
+            f"{row['latency_ms']:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['images_per_second']:,.0f}",
+            "-" if peak is None else f"{peak / 1e6:.1f}",
+            f"{row['size_bytes']:,}",
+            f"{row['load_ms']:.0f}",
+        )
+    return table
+
+
+def _most_expensive(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+    parts = [f"{cost['name']} {1e3 * cost['ms']:.0f} us ({100 * cost['share']:.0f} %)" for cost in found]
+    return f"{name}, most expensive at batch 1: {', '.join(parts)}"
+
+
+def _for_openvino(folder: Path, student: nn.Module) -> Path | None:
+    """The run's file for OpenVINO, in either form.
+
+    Raises:
+        ValueError: it holds a network of another plan.
+    """
+    from ..deploy.engines import ENGINES
+
+    found = [path for suffix in (".onnx", ".xml") if (path := folder / f"student-openvino{suffix}").exists()]
+    if not found:
+        return None
+    plan = plan_of(student)
+    written = ENGINES["openvino"].metadata(found[0]).get("plan")
+    if written != (None if plan is None else json.dumps(asdict(plan), sort_keys=True)):
+        raise ValueError(f"{found[0]} is not of this run: it has another plan; export again, or remove it")
+    return found[0]
