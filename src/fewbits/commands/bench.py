@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -125,9 +126,13 @@ def float_network(folder: Path, student: nn.Module) -> nn.Module:
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
-    table = Table("network", "batch", "threads", "latency, ms", "ratio to float", "images/s", "peak memory, MB")
-    table.add_column("size, bytes")
-    table.add_column("load, ms")
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=0,
+        caption="ms: median of one call; ratio: to the first row of the block; MB: peak memory beyond the engine's own",
+    )
+    for heading in ("network", "batch", "thr.", "ms", "ratio", "images/s", "MB", "file kB", "load ms"):
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
     for row in entries:
         peak = row["memory_bytes"]
         table.add_row(
@@ -138,7 +143,7 @@ def _table(entries: list[dict[str, Any]]) -> Table:
             f"{row['ratio']:.2f}",
             f"{row['images_per_second']:,.0f}",
             "-" if peak is None else f"{peak / 1e6:.1f}",
-            f"{row['size_bytes']:,}",
+            f"{row['size_bytes'] / 1e3:,.1f}",
             f"{row['load_ms']:.0f}",
         )
     return table
