@@ -203,7 +203,7 @@ def test_headline_in_the_terminal(trained: tuple[Path, Path]):
     text = printed(list(trained))
     cells = line_of(text, "two <b>bits")
     assert cells[2:6] == ["digits", "qfd", "2/2", "lsq"]
-    assert cells[8:] == ["51.25", "2.5", "4.0", "0.125 (batch 1)", "0.25", "99.75", "1.5e-05"]
+    assert cells[8:] == ["onnxruntime", "51.25", "2.5", "4.0", "0.125 (batch 1)", "0.25", "99.75", "1.5e-05"]
     cells = line_of(text, "float")
     assert cells[3:6] == ["float", "32/32", "float"]
     assert cells[8:] == ["–"] * 7
@@ -229,7 +229,15 @@ def test_a_run_without_anything(tmp_path: Path):
     assert page.figures == {}
     assert "run fewbits bench on it" in page.text
     assert "There is one run only." in page.text
-    assert line_of(printed([folder]), "run")[6:] == ["–"] * 9
+    assert line_of(printed([folder]), "run")[6:] == ["–"] * 10
+
+
+def test_a_run_that_was_exported_for_openvino_alone(tmp_path: Path):
+    folder = run_folder(tmp_path / "run", [])
+    (folder / "export-openvino.json").write_text(json.dumps(EXPORT | {"engine": "openvino"}))
+    assert "openvino" in line_of(printed([folder]), "run")
+    (folder / "export.json").write_text(json.dumps(EXPORT | {"engine": "onnxruntime"}))
+    assert "onnxruntime" in line_of(printed([folder]), "run")
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path):
@@ -244,7 +252,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path):
     page = Page(report([folder], tmp_path / "page.html").read_text())
     assert page.figures["losses"]["data"][0]["y"] == [1.0]
     assert "1 steps were skipped" in page.text
-    assert line_of(printed([folder]), "run")[6:] == ["–", "–", "–", "0.1", *["–"] * 5]
+    assert line_of(printed([folder]), "run")[6:] == ["–", "–", "–", "–", "0.1", *["–"] * 5]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path):

@@ -112,7 +112,7 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         return entries
     for row in entries:
         if row["name"].startswith("student") and row["ratio"] > 1:
-            where = f"batch {row['batch_size']}, {row['threads']} threads"
+            where = f"batch {row['batch_size']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
             console.print(f"At {where} the low-bit network ({row['name']}) is slower than float here.")
     return entries
 

@@ -82,6 +82,10 @@ def _difference(run: Run) -> str:
     return "" if difference is None else f"{difference:.2g}"
 
 
+def _engine(run: Run) -> str:
+    return str(run.export.get("engine", ""))
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("run", lambda run: run.name, False),
     Column("model", _model, False),
@@ -91,6 +95,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("quantizer", _quantizer, False),
     Column("accuracy, %", _accuracy),
     Column("best, %", lambda run: _percent(run.best_accuracy)),
+    Column("engine", _engine, False),
     Column("in the engine, %", lambda run: _percent(number(run.export, "accuracy_engine"))),
     Column("file, kB", _size),
     Column("times smaller", _size_ratio),
@@ -101,7 +106,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 DISPENSABLE = (
-    *("largest difference", "equal predictions, %", "data", "model", "best, %", "quantizer"),
+    *("largest difference", "equal predictions, %", "data", "model", "best, %", "quantizer", "engine"),
     *("latency, ms", "recipe", "latency / float", "in the engine, %"),
 )
 """Columns that a narrow terminal does without, the first ones first; the page shows them all."""
