@@ -206,7 +206,7 @@ def test_headline_in_the_terminal(trained: tuple[Path, Path]):
     assert cells[8:] == ["onnxruntime", "51.25", "2.5", "4.0", "0.125 (batch 1)", "0.25", "99.75", "1.5e-05"]
     cells = line_of(text, "float")
     assert cells[3:6] == ["float", "32/32", "float"]
-    assert cells[8:] == ["–"] * 7
+    assert cells[8:] == ["–"] * 8
     assert float(cells[6]) <= float(cells[7])
 
 
