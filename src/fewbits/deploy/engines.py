@@ -77,10 +77,13 @@ class OnnxRuntime:
     def build(
         self, traced: ir.Model, student: nn.Module, metadata: Mapping[str, str], care: Mapping[str, Care]
     ) -> Built:
-        """See ``onnx.build``."""
+        """See ``onnx.build``, and ``outline`` for what makes the file small."""
         from . import onnx
+        from .outline import outline
 
-        return onnx.build(traced, student, metadata, care)
+        built = onnx.build(traced, student, metadata, care)
+        outline(built.proto)
+        return built
 
     def cut(
         self, model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]
