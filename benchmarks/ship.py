@@ -80,7 +80,7 @@ def float_network(network: Network) -> nn.Module:
     """With its own weights where there are any, else random ones that nothing switches off."""
     torch.manual_seed(0)
     model = fb.models.build(network.name, num_classes=network.classes, image_size=network.size)
-    own = fb.models.pretrained(network.name, network.data)
+    own = fb.models.pretrained(network.name, network.data) if network.data == "cifar10" else None
     if own is not None:
         model.load_state_dict(own[0])
         return model.eval()
