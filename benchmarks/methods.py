@@ -83,7 +83,11 @@ ARMS: dict[str, Arm] = {
     ),
     "features": Arm("features", "rival of qfd: the float feature", _weights(0.05, 0.5, 2)),
     "qfd": Arm("qfd", "the quantized feature, against features", _weights(0.05, 0.5, 2)),
-    "ftl": Arm("ftl", "centred cosine on three stages, against ftl-l2", _weights(1, 10, 30, 100)),
+    "ftl": Arm(
+        "ftl",
+        "centred cosine on three stages, against ftl-l2",
+        (*_weights(1, 10, 30, 100), ("weight=30", "side=input")),
+    ),
     "ftl-l2": Arm("ftl", "rival of ftl: the same taps, squared error", _weights(0.1, 1, 10, 100), ("distance=l2",)),
     "joint": Arm("joint", "the teacher trained along, against joint-frozen", _weights(5, 50, 500, name="gamma")),
     "joint-frozen": Arm(
@@ -108,13 +112,11 @@ ARMS: dict[str, Arm] = {
 
 COMBINATIONS: tuple[tuple[str, ...], ...] = (
     ("ftl", "logits"),
-    ("ftl", "stochastic"),
     ("logits", "blocks"),
-    ("ftl", "logits", "blocks"),
-    ("ftl", "logits", "blockwise"),
+    ("logits", "blockwise"),
 )
 """Candidates for the best recipe of all parts, each part with the options that served it best alone. Chosen when the
-trials of blocks had come out best of all so far, before any combination was tried and any test image read."""
+trials of blocks and blockwise had come out best, before any combination was tried and any test image read."""
 
 
 def settings(epochs: float, lr: float) -> Settings:
