@@ -88,7 +88,7 @@ ARMS: dict[str, Arm] = {
         "centred cosine on three stages, against ftl-l2",
         (*_weights(1, 10, 30, 100), ("weight=30", "side=input")),
     ),
-    "ftl-l2": Arm("ftl", "rival of ftl: the same taps, squared error", _weights(0.1, 1, 10, 100), ("distance=l2",)),
+    "ftl-l2": Arm("ftl", "rival of ftl: the same taps, squared error", _weights(0.1, 1, 10, 100, 1000), ("distance=l2",)),
     "joint": Arm("joint", "the teacher trained along, against joint-frozen", _weights(5, 50, 500, name="gamma")),
     "joint-frozen": Arm(
         "joint",
