@@ -5,9 +5,9 @@ top where an arm has it), 8-bit first and last layer, the same float start and t
 the same batches (paired seeds) and the same number of trained passes: a recipe that trains two networks takes half the
 steps, QFD's teacher phase and the stages of two-stage are counted in.
 
-The size was fixed before the first final run: one epoch, three seeds, at most five trials an arm of one epoch each. (The
-first plan said two epochs; they were cut to one before any test image was read, because a trial took six minutes of the
-machine that it shared and not one and a half.)
+The size was fixed before the first final run: one epoch, three seeds, at most five trials an arm of one epoch each.
+(The first plan said two epochs; they were cut to one before any test image was read, because a trial took six minutes
+of the machine that it shared and not one and a half.)
 
 Tuning happens on 5,000 training images that neither the float network of the trials (trained here, on the other 45,000)
 nor the students see: first the learning rate, by plain training alone; then each arm's own grid at that rate. The final
@@ -88,7 +88,9 @@ ARMS: dict[str, Arm] = {
         "centred cosine on three stages, against ftl-l2",
         (*_weights(1, 10, 30, 100), ("weight=30", "side=input")),
     ),
-    "ftl-l2": Arm("ftl", "rival of ftl: the same taps, squared error", _weights(0.1, 1, 10, 100, 1000), ("distance=l2",)),
+    "ftl-l2": Arm(
+        "ftl", "rival of ftl: the same taps, squared error", _weights(0.1, 1, 10, 100, 1000), ("distance=l2",)
+    ),
     "joint": Arm("joint", "the teacher trained along, against joint-frozen", _weights(5, 50, 500, name="gamma")),
     "joint-frozen": Arm(
         "joint",
