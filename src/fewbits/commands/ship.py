@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..training.folder import RUN
 from .machine import machine
 from .runs import load_run, run_data
 
-DEFAULT_ENGINE = "onnxruntime"
+DEFAULT_ENGINE, PACKED = "onnxruntime", "packed"
 
 PARITY_IMAGES = 256
 """Real test images that every export is compared on, layer by layer."""
@@ -36,8 +36,11 @@ class Export:
     Args:
         run: a finished run folder.
         engine: onnxruntime or openvino.
-        output: the file; by default student.onnx in the run folder, for openvino student-openvino.onnx, which it reads
-            as well, or student-openvino.xml with a .bin beside it for binary networks, which ONNX has no words for.
+        variant: packed, the engine's own fast form; for onnxruntime also qdq, plain int8 Q/DQ as TensorRT takes them,
+            with a list of what it would not take, and int4, weights of 2 to 4 bits as ONNX's own types.
+        output: the file; by default student.onnx in the run folder, student-qdq.onnx or student-int4.onnx for variants,
+            for openvino student-openvino.onnx, which it reads as well, or student-openvino.xml with a .bin beside it
+            for binary networks, which ONNX has no words for.
         minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
             hardly learned, whose classes are a hair apart.
         freeze_ranges: fix the ranges that DTQ's min-max finds anew in every batch, so that integers can be used:
@@ -47,6 +50,7 @@ class Export:
 
     run: Path
     engine: str = "onnxruntime"
+    variant: str = PACKED
     output: Path | None = None
     minimum_equal: float = 0.995
     freeze_ranges: bool = False
@@ -68,7 +72,7 @@ def export(config: Export) -> dict[str, Any]:
     data = run_data(config.run, config.data_root)
     if config.freeze_ranges:
         student = freeze_ranges(student, _training_images(config.run, data, normalisation))
-    path = config.output or config.run / default_name(config.engine, plan_of(student))
+    path = config.output or config.run / default_name(config.engine, plan_of(student), config.variant)
     images = data.pixels(PARITY_IMAGES)
     exported = export_student(
         student,
@@ -76,6 +80,7 @@ def export(config: Export) -> dict[str, Any]:
         example=images,
         normalisation=normalisation,
         engine=config.engine,
+        variant=config.variant,
         minimum_equal=config.minimum_equal,
     )
     report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
@@ -89,14 +94,16 @@ def export(config: Export) -> dict[str, Any]:
     }
     report |= {"format": 1, "num_images": PARITY_IMAGES, "machine": machine()}
     report.pop("path", None)
-    name = "export.json" if config.engine == DEFAULT_ENGINE else f"export-{config.engine}.json"
-    (config.run / name).write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    kind = [part for part in (config.engine, config.variant) if part not in (DEFAULT_ENGINE, PACKED)]
+    (config.run / f"{'-'.join(['export', *kind])}.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     Console().print(_export_table(report), highlight=False)
     return report
 
 
-def default_name(engine: str, plan: Plan | None) -> str:
+def default_name(engine: str, plan: Plan | None, variant: str = PACKED) -> str:
     """Of a run's file for an engine."""
+    if variant != PACKED:
+        return f"student-{variant}.onnx"
     if engine == DEFAULT_ENGINE:
         return "student.onnx"
     is_binary = plan is not None and plan.weights == plan.activations == 1
@@ -125,6 +132,9 @@ def _export_table(report: dict[str, Any]) -> Table:
         table.add_row("dynamic ranges", f"in {num} places: an image's logits depend on the batch that it comes in")
     kernels = [layer for layer in report["layers"]]
     reasons = [f"{layer['name']}: {layer['reason']}" for layer in kernels if layer.get("reason")]
+    if report["variant"] == "qdq":
+        _add_placement(table, report["misplaced"])
+        return table
     table.add_row("layers on integer kernels", f"{len(kernels) - len(reasons)} of {len(kernels)}")
     for reason in reasons:
         table.add_row("in float", reason)
@@ -132,6 +142,17 @@ def _export_table(report: dict[str, Any]) -> Table:
         if layer.get("note"):
             table.add_row("not on the binary kernel", f"{layer['name']}: {layer['note']}")
     return table
+
+
+def _add_placement(table: Table, misplaced: Sequence[Mapping[str, str]]) -> None:
+    """What TensorRT would not take, each reason once."""
+    nodes: dict[str, list[str]] = {}
+    for row in misplaced:
+        nodes.setdefault(row["reason"], []).append(f"{row['operator']} {row['name']}")
+    for reason, found in nodes.items():
+        table.add_row("not as TensorRT takes it", f"{', '.join(found)}: {reason}")
+    verdict = f"{len(misplaced)} places break its rules" if misplaced else "every node follows its rules"
+    table.add_row("TensorRT", f"{verdict}; read from the graph, TensorRT itself was not run")
 
 
 def _training_images(folder: Path, data: Dataset, normalisation: Normalisation) -> Iterator[Tensor]:

@@ -45,10 +45,11 @@ class Cut:
     Args:
         quantizer: qualified name.
         call: which run of a quantizer that runs several times.
-        value: uint8 codes, or for a dynamic grid the float values.
+        value: uint8 codes, int8 ones where ``is_signed``, or for a dynamic grid the float values.
         zero_point: what the exported codes add to the trained ones; None where ``value`` is float.
         shape: of ``value`` without the batch, where the quantizer was moved in front of a view; None: as in PyTorch.
         is_bit: ``value`` is 0 and 1 where the quantizer gives -1 and +1.
+        is_signed: the codes are int8.
     """
 
     quantizer: str
@@ -57,6 +58,7 @@ class Cut:
     zero_point: int | None
     shape: tuple[int, ...] | None = None
     is_bit: bool = False
+    is_signed: bool = False
 
 
 def lower(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: int) -> tuple[ir.Value, Cut]:
@@ -98,7 +100,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
             # Rounding commutes with a view; the view then moves bytes, and what is in front meets its quantizer.
             views.append(node)
         else:
-            bounds = _bounds(node)
+            bounds = bounds_of(node)
             if bounds is None:
                 break
             codes = quantizer.encode(torch.tensor(bounds)).integers + zero_point
@@ -138,7 +140,7 @@ def _sizes(value: ir.Value | None) -> tuple[int, ...] | None:
     return sizes if len(sizes) == len(value.shape) - 1 else None
 
 
-def _bounds(node: ir.Node) -> tuple[float, float] | None:
+def bounds_of(node: ir.Node) -> tuple[float, float] | None:
     """What a rectifier clips to; None where the bounds are computed."""
     if node.op_type == "Relu":
         return 0.0, float("inf")
@@ -154,14 +156,19 @@ def _bounds(node: ir.Node) -> tuple[float, float] | None:
 
 def _signs(builder: Builder, x: ir.Value, quantizer: Quantizer) -> tuple[ir.Value, float, Grid]:
     """Codes 0 and 2 with zero point 1: -1 and +1, and zero padding stays zero. sign(0) is +1."""
+    above = is_plus(builder, x, quantizer)
+    codes = builder.node("Where", above, builder.constant(2, np.uint8), builder.constant(0, np.uint8))
+    return codes, 1.0, Grid(1.0, 1, 0, 2)
+
+
+def is_plus(builder: Builder, x: ir.Value, quantizer: Quantizer) -> ir.Value:
+    """Where a quantizer of signs gives +1, as booleans."""
     if isinstance(quantizer, ReActActivation):
         rank = len(x.shape) if x.shape is not None else 4
         shape = [1] * rank
         shape[quantizer.channel_dim] = -1
         x = builder.node("Add", x, builder.constant(quantizer.shift.detach().numpy().reshape(shape), np.float32))
-    above = builder.node("GreaterOrEqual", x, builder.constant(0.0, np.float32))
-    codes = builder.node("Where", above, builder.constant(2, np.uint8), builder.constant(0, np.uint8))
-    return codes, 1.0, Grid(1.0, 1, 0, 2)
+    return builder.node("GreaterOrEqual", x, builder.constant(0.0, np.float32))
 
 
 def dynamic_range(builder: Builder, x: ir.Value, quantizer: MinMax) -> ir.Value:

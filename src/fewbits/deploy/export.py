@@ -19,9 +19,10 @@ from .. import checks
 from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
 from ..quantizers import Quantizer
-from .engines import ENGINES, Engine
+from .engines import Engine
 from .result import Exported, LayerRow
 from .sessions import missing
+from .variants import PACKED, VARIANTS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,6 +46,7 @@ def export(
     example: Tensor,
     normalisation: Normalisation | Literal["trained"] | None = "trained",
     engine: str = "onnxruntime",
+    variant: str = PACKED,
     check: bool = True,
     minimum_equal: float = MINIMUM_EQUAL,
     class_names: Sequence[str] = (),
@@ -62,6 +64,9 @@ def export(
         normalisation: mean and std of the pixels that the student was trained with; by default what ``fit`` trained it
             with; None if it takes pixels in 0..1 as they are.
         engine: ``"onnxruntime"`` or ``"openvino"``.
+        variant: ``"packed"``, the engine's own fast form; for ONNX Runtime also ``"int4"``, weights of 2 to 4 bits as
+            ONNX's INT2 and INT4, and ``"qdq"``, plain int8 QuantizeLinear and DequantizeLinear as TensorRT takes them,
+            where ``misplaced`` of the result says what it would not take. TensorRT itself is not run.
         check: whether to run the file and compare; a file that was not checked may be wrong.
         minimum_equal: share of images that must get the same prediction; of few images one may differ.
         class_names: go into the file's metadata.
@@ -76,16 +81,20 @@ def export(
     checks.check_network("student", student)
     checks.check("example", example, Tensor)
     checks.check("minimum_equal", minimum_equal, checks.UnitInterval)
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine not in VARIANTS:
+        raise ValueError(f"engine must be one of {', '.join(VARIANTS)}, got {engine!r}")
+    if variant not in VARIANTS[engine]:
+        allowed = ", ".join(VARIANTS[engine])
+        raise ValueError(f"variant must be one of {allowed} for engine {engine!r}, got {variant!r}")
     target = Path(path)
-    chosen = ENGINES[engine]
+    chosen = VARIANTS[engine][variant]
     if target.suffix not in chosen.suffixes:
         raise ValueError(f"path must end in {' or '.join(chosen.suffixes)} for engine {engine!r}, got {target.name!r}")
     if not target.parent.is_dir():
         raise ValueError(f"path must be in a folder that exists, got {str(path)!r}")
     network, traced, images, normalisation = prepare(student, example, normalisation)
     from . import parity
+    from .placement import misplaced
 
     metadata = _metadata(student, class_names)
     built, found = chosen.build(traced, network, metadata, {}), None
@@ -98,7 +107,7 @@ def export(
             built = chosen.build(traced, network, metadata | {CARE: written_care(care)}, care)
             found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         parity.check(found, minimum_equal, len(images))
-    rows: tuple[LayerRow, ...] = _layers(network, built, chosen)
+    rows: tuple[LayerRow, ...] = _layers(network, built, chosen, variant)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         files = chosen.write(built, Path(folder) / target.name)
         size = sum(file.stat().st_size for file in files)
@@ -118,6 +127,8 @@ def export(
         layers=rows,
         codes=found.codes if found else (),
         dynamic=_dynamic(network),
+        variant=variant,
+        misplaced=misplaced(built) if variant == "qdq" else (),
     )
 
 
@@ -241,14 +252,18 @@ def _more_care(
     return {name: fold.Care(level + 1) for name, level in levels.items() if level < highest}
 
 
-def _layers(network: nn.Module, built: markers.Built, engine: Engine) -> tuple[LayerRow, ...]:
+def _layers(network: nn.Module, built: markers.Built, engine: Engine, variant: str) -> tuple[LayerRow, ...]:
+    from .placement import of_layer
+
     rows, dynamic, kernels = [], _dynamic(network), engine.kernels(built)
     for site in built.sites:
         layer = network.get_submodule(site.layer)
         assert isinstance(layer, QuantLayer)
         kernel = kernels[site.layer]
         reason = DYNAMIC if f"{site.layer}.input_quantizer" in dynamic else site.reason
-        if not reason and not engine.is_integer(kernel):
+        if not reason and variant == "qdq":
+            reason = of_layer(built, site.layer)
+        elif not reason and not engine.is_integer(kernel):
             reason = "the engine does not fuse it, though its weights, input and output would allow it"
         rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason, site.note))
     return tuple(rows)

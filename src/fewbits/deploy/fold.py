@@ -89,7 +89,7 @@ def lower_convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: 
         weight = decoded(builder, grid)
         conv.replace_input_with(0, in_float(builder, x))
         conv.replace_input_with(1, weight)
-        return Site(layer, weight, _float_grid(grid), conv.outputs[0])
+        return Site(layer, weight, float_grid(grid), conv.outputs[0])
     num_channels = len(grid.unsigned)
     affine = behind(conv.outputs[0], np.zeros(num_channels) if bias is None else bias.astype(np.float64))
     reason = _reason(x, affine.end, care)
@@ -107,7 +107,7 @@ def lower_linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str, 
     x = node.inputs[0]
     assert x is not None
     bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    reason = _float_grid(grid) if grid.offset is not None else _reason(x, None, care)
+    reason = float_grid(grid) if grid.offset is not None else _reason(x, None, care)
     made = None
     if not reason and node.op_type == "Gemm":
         shift = np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64)
@@ -176,7 +176,8 @@ def _readers(value: ir.Value) -> list[str]:
     return sorted(found)
 
 
-def _float_grid(grid: WeightGrid) -> str:
+def float_grid(grid: WeightGrid) -> str:
+    """Why a grid with a float offset is not multiplied in integers."""
     return f"a {grid.bits}-bit grid with a float offset has no int8 form; packed in the file, float in the engine"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 
 import onnx
 import onnx_ir as ir
@@ -19,6 +20,9 @@ from .markers import Built
 from .movement import push_dequantize
 from .weights import WeightGrid
 
+OPSET_OF_INT2, IR_OF_INT2 = 25, 13
+_TWO_BITS = (ir.DataType.INT2, ir.DataType.UINT2)
+
 
 @dataclass(frozen=True)
 class OnnxRuntime:
@@ -26,13 +30,15 @@ class OnnxRuntime:
 
     Args:
         care: layers that need more than the plain way.
+        standard_types: store weights of 2 to 4 bits as ONNX's INT2 and INT4.
     """
 
     care: Mapping[str, Care]
+    standard_types: bool = False
 
     def prepare(self, builder: Builder) -> None:
         """Means that the engine has a kernel for."""
-        _global_pools(builder)
+        global_pools(builder)
 
     def activation(
         self, builder: Builder, mark: ir.Node, quantizer: Quantizer, name: str, call: int
@@ -48,23 +54,31 @@ class OnnxRuntime:
 
     def convolution(self, builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
         """See ``fold.lower_convolution``."""
-        return fold.lower_convolution(builder, conv, grid, layer, self.care.get(layer, Care.PLAIN))
+        return fold.lower_convolution(builder, conv, self._stored(grid), layer, self.care.get(layer, Care.PLAIN))
 
     def linear(self, builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) -> Site:
         """See ``fold.lower_linear``."""
-        return fold.lower_linear(builder, node, grid, layer, self.care.get(layer, Care.PLAIN))
+        return fold.lower_linear(builder, node, self._stored(grid), layer, self.care.get(layer, Care.PLAIN))
 
     def values(self, builder: Builder, grid: WeightGrid) -> ir.Value:
         """See ``weights.decoded``."""
-        return weights.decoded(builder, grid)
+        return weights.decoded(builder, self._stored(grid))
 
     def finish(self, builder: Builder) -> None:
         """Float layers stay float."""
         _float_weights(builder)
 
+    def _stored(self, grid: WeightGrid) -> WeightGrid:
+        return replace_fields(grid, has_own_type=self.standard_types)
+
 
 def build(
-    traced: ir.Model, student: nn.Module, metadata: Mapping[str, str], care: Mapping[str, Care] | None = None
+    traced: ir.Model,
+    student: nn.Module,
+    metadata: Mapping[str, str],
+    care: Mapping[str, Care] | None = None,
+    *,
+    standard_types: bool = False,
 ) -> Built:
     """Replace every marker of a copy of ``traced``.
 
@@ -73,8 +87,14 @@ def build(
         student: the network that it was traced from.
         metadata: goes into the file.
         care: layers that need more than the plain way, see ``Care``.
+        standard_types: see ``OnnxRuntime``. A Cast stands in front of DequantizeLinear, which ONNX Runtime folds at
+            load; without it, 4-bit weights run in float.
     """
-    return markers.build(traced, student, metadata, OnnxRuntime(care or {}))
+    built = markers.build(traced, student, metadata, OnnxRuntime(care or {}, standard_types))
+    if any(tensor.data_type in _TWO_BITS for tensor in built.proto.graph.initializer):
+        # What is in the graph means the same in both opsets; only the type is new.
+        built.proto.opset_import[0].version, built.proto.ir_version = OPSET_OF_INT2, IR_OF_INT2
+    return built
 
 
 def _float_weights(builder: Builder) -> None:
@@ -86,7 +106,7 @@ def _float_weights(builder: Builder) -> None:
             node.replace_input_with(0, in_float(builder, x))
 
 
-def _global_pools(builder: Builder) -> None:
+def global_pools(builder: Builder) -> None:
     """A mean over rows and columns is a global average pool, which has an integer kernel."""
     for node in list(builder.graph):
         if node.op_type != "ReduceMean" or not node.attributes.get_int("keepdims", 1):
@@ -114,7 +134,8 @@ def cut(model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[
             if name in names:
                 node.input[index] = f"{name}.in"
     for name, cut in names.items():
-        kind = onnx.TensorProto.FLOAT if cut.zero_point is None else onnx.TensorProto.UINT8
+        codes = onnx.TensorProto.INT8 if cut.is_signed else onnx.TensorProto.UINT8
+        kind = onnx.TensorProto.FLOAT if cut.zero_point is None else codes
         sizes: list[str | int | None] = [f"{name}.N", *shapes[name]]
         copy.graph.input.append(onnx.helper.make_tensor_value_info(f"{name}.in", kind, sizes))
         copy.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))

@@ -47,7 +47,7 @@ class Reference:
 
     Args:
         logits: N x classes.
-        codes: by quantizer and run: the exported codes (uint8), or for dynamic grids the float values.
+        codes: by quantizer and run: the exported codes (uint8 or int8), or for dynamic grids the float values.
         steps: by quantizer and run: one step of the grid in units of ``codes``.
         bits: by quantizer.
         own_difference: mean difference of a logit between two orders of summation in PyTorch itself.
@@ -98,7 +98,8 @@ def reference(
         if zero_point is None:
             codes[key], steps[key] = found.decode().numpy(), float(found.scale)
         else:
-            codes[key] = (found.integers + zero_point).to(torch.uint8).numpy()
+            kind = torch.int8 if places[key].is_signed else torch.uint8
+            codes[key] = (found.integers + zero_point).to(kind).numpy()
             # From -1 to +1 it is one step, and the codes of signs are 0 and 2.
             steps[key] = 2.0 if isinstance(module, SIGNS) else 1.0
 

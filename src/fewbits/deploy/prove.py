@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from .engines import ENGINES, engine_of
 from .export import prepare, read_care
 from .result import CodeRow
+from .variants import VARIANTS, variant_of
 
 if TYPE_CHECKING:
     from .graph import Normalisation
@@ -64,8 +64,8 @@ def prove(
         ValueError: there is no such file, it is damaged, or it does not come from this student.
     """
     file = Path(path)
-    name = engine_of(file)
-    engine = ENGINES[name]
+    name, variant = variant_of(file)
+    engine = VARIANTS[name][variant]
     network, traced, images, normalisation = prepare(student, example, normalisation)
     from . import parity
     from .graph import INPUT, OUTPUT

@@ -48,6 +48,21 @@ class CodeRow:
 
 
 @dataclass(frozen=True)
+class Misplaced:
+    """A node of a QDQ graph that TensorRT would not run in int8.
+
+    Args:
+        name: of the layer, or ``behind`` the layer in front of it.
+        operator: of ONNX.
+        reason: the rule that it breaks.
+    """
+
+    name: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Exported:
     """A file that was written, and what was found out about it.
 
@@ -64,6 +79,8 @@ class Exported:
         codes: parity of each activation quantizer, then of the logits; empty if it was not checked.
         dynamic: quantizers whose range is found anew in every batch: with them an image's logits depend on the images
             beside it, in the engine as in PyTorch.
+        variant: form of the file, see ``export``.
+        misplaced: where a QDQ graph is not as TensorRT takes it; of other variants nothing is said.
     """
 
     path: Path
@@ -77,3 +94,5 @@ class Exported:
     layers: tuple[LayerRow, ...]
     codes: tuple[CodeRow, ...]
     dynamic: tuple[str, ...] = ()
+    variant: str = "packed"
+    misplaced: tuple[Misplaced, ...] = ()

@@ -16,6 +16,10 @@ from .packing import pack
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+_FOUR, _TWO = (ir.DataType.INT4, ir.DataType.UINT4), (ir.DataType.INT2, ir.DataType.UINT2)
+_OWN = {4: _FOUR, 3: _FOUR, 2: _TWO}
+"""ONNX's own types by bits, with and without a sign."""
+
 
 @dataclass(frozen=True)
 class WeightGrid:
@@ -29,6 +33,7 @@ class WeightGrid:
         scale: positive, one number or one for each output channel.
         offset: None where integers are all that an engine needs.
         name: the parameter's qualified name.
+        has_own_type: 2 to 4 bits are stored as ONNX's INT2 and INT4 rather than in bytes.
     """
 
     unsigned: Ints
@@ -38,6 +43,7 @@ class WeightGrid:
     scale: Floats
     offset: float | None
     name: str
+    has_own_type: bool = False
 
     @property
     def integers(self) -> Ints:
@@ -83,10 +89,16 @@ def unpacked(
         codes, integers, factors = codes.T, integers.T, factors.T
     if grid.bits == 8:
         return builder.constant(integers * factors, np.int8, f"{grid.name}.codes")
-    value = builder.node("Cast", _codes(builder, codes, grid.bits, grid.name), to=ir.DataType.INT32)
-    if grid.gain != 1:
-        value = builder.node("Mul", value, builder.constant(grid.gain, np.int32))
-    value = builder.node("Add", value, builder.constant(grid.low, np.int32))
+    if _is_own(grid) and grid.gain == 1:
+        stored = builder.constant(integers, _OWN[grid.bits][0].numpy(), f"{grid.name}.codes")
+        if (factors == 1).all():
+            return builder.node("Cast", stored, to=ir.DataType.INT8)
+        value = builder.node("Cast", stored, to=ir.DataType.INT32)
+    else:
+        value = builder.node("Cast", _codes(builder, codes, grid), to=ir.DataType.INT32)
+        if grid.gain != 1:
+            value = builder.node("Mul", value, builder.constant(grid.gain, np.int32))
+        value = builder.node("Add", value, builder.constant(grid.low, np.int32))
     if (factors != 1).any():
         factor = builder.constant(factors, np.int8)
         value = builder.node("Mul", value, builder.node("Cast", factor, to=ir.DataType.INT32))
@@ -107,8 +119,7 @@ def _copied(builder: Builder, weight: ir.Value, shape: tuple[int, ...], multipli
 
 def decoded(builder: Builder, grid: WeightGrid) -> ir.Value:
     """Float weights from packed codes, for grids that integers cannot serve."""
-    codes = _codes(builder, grid.unsigned, grid.bits, grid.name)
-    value = builder.node("Cast", codes, to=ir.DataType.FLOAT)
+    value = builder.node("Cast", _codes(builder, grid.unsigned, grid), to=ir.DataType.FLOAT)
     if grid.gain != 1:
         value = builder.node("Mul", value, builder.constant(grid.gain, np.float32))
     if grid.low != 0:
@@ -118,8 +129,16 @@ def decoded(builder: Builder, grid: WeightGrid) -> ir.Value:
     return value if grid.offset is None else builder.node("Add", value, builder.constant(grid.offset, np.float32))
 
 
-def _codes(builder: Builder, codes: Ints, bits: int, name: str) -> ir.Value:
+def _is_own(grid: WeightGrid) -> bool:
+    return grid.has_own_type and grid.bits in _OWN
+
+
+def _codes(builder: Builder, codes: Ints, grid: WeightGrid) -> ir.Value:
     """uint8 codes in their shape, from a packed initializer."""
+    bits, name = grid.bits, grid.name
+    if _is_own(grid):
+        stored = builder.constant(codes, _OWN[bits][1].numpy(), f"{name}.codes")
+        return builder.node("Cast", stored, to=ir.DataType.UINT8)
     shape = builder.constant(codes.shape, np.int64)
     packed = pack(codes, bits)
     if bits == 8:
