@@ -1,14 +1,18 @@
-"""Packed networks on the Hugging Face Hub: one file up, one file down."""
+"""Packed networks on the Hugging Face Hub: one file up, one file down; and the Hub's usual mixin, ``PackedModel``."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from .deploy import load_packed, pack
+from .deploy.packed import read_header
 
 FILE = "student-packed.safetensors"
 CARD = """---
@@ -21,6 +25,17 @@ A low-bit network, packed by fewbits.
 import fewbits as fb
 
 network = fb.hub.load("{repo_id}"{model})
+```
+"""
+MIXIN_CARD = """---
+{{ card_data }}
+---
+A low-bit network, packed by fewbits.
+
+```python
+import fewbits as fb
+
+network = fb.hub.PackedModel.from_pretrained("{{ repo_id | default('user/name', true) }}")
 ```
 """
 MISSING = 'huggingface_hub is not installed: pip install "fewbits[hub]"'
@@ -87,3 +102,59 @@ def load(
     except ImportError as error:
         raise ImportError(MISSING) from error
     return load_packed(hf_hub_download(repo_id, FILE, revision=revision, token=token), model)
+
+
+@functools.cache
+def _packed_model() -> type[nn.Module]:
+    """``PackedModel``, made when it is first asked for: its base class comes with an extra."""
+    try:
+        from huggingface_hub import ModelHubMixin, hf_hub_download
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+
+    class PackedModel(
+        nn.Module,
+        ModelHubMixin,
+        library_name="fewbits",
+        tags=["fewbits", "quantized"],
+        pipeline_tag="image-classification",
+        model_card_template=MIXIN_CARD,
+    ):
+        """A quantized network with the Hub's usual methods: save_pretrained, push_to_hub, from_pretrained.
+
+        What is saved is the file of ``pack``. ``from_pretrained(name)`` takes a folder or a repository, one that
+        ``push`` made too; where the file does not say its architecture, ``from_pretrained(name, model=...)`` does.
+
+        Args:
+            network: a quantized and calibrated student, or what ``load_packed`` gives; ``export`` takes it from here.
+        """
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> Any:
+            """What the network gives for ``images``."""
+            return self.network(images)
+
+        def _save_pretrained(self, save_directory: Path) -> None:
+            path = pack(self.network, save_directory / FILE).path
+            header = read_header(path)
+            # The Hub counts downloads of this file, and shows what is in it.
+            config = {key: header.get(key) for key in ("fewbits", "model", "plan", "data", "normalisation")}
+            (save_directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+        @classmethod
+        def _from_pretrained(cls, *, model_id: str, model: nn.Module | None = None, **where: Any) -> PackedModel:
+            folder = Path(model_id)
+            path = folder / FILE if folder.is_dir() else hf_hub_download(model_id, FILE, **where)
+            return cls(load_packed(path, model))
+
+    PackedModel.__qualname__ = "PackedModel"
+    return PackedModel
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PackedModel":
+        return _packed_model()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

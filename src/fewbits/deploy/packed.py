@@ -32,6 +32,9 @@ SUFFIX = ".safetensors"
 DESCRIBED = ("model", "blocks", "recipe_name", "recipe_options", "data", "normalisation")
 """Entries of ``run.json`` that say how to build the network again, and what goes in and comes out."""
 
+HELD = "fewbits_described"
+"""Where a network that was loaded keeps these entries."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -144,6 +147,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         for name in left_out(network):
             weight = network.get_parameter(file_name(name))
             weight.copy_(codes_of(modules[name]).fake_quantize(weight))
+    # Packed again, it still says how to build it.
+    network.__dict__[HELD] = {key: header[key] for key in DESCRIBED if key in header}
     if header.get("plan"):
         network.__dict__["fewbits_plan"] = plan_from_data(header["plan"], str(path))
     if header.get("normalisation"):
@@ -195,9 +200,8 @@ def _described(network: nn.Module, run: Path | None) -> dict[str, Any]:
     header: dict[str, Any] = {"format": FORMAT, "fewbits": writer, "network": type(network).__name__}
     header["plan"] = as_data(plan_of(network))
     header["normalisation"] = as_data(network.__dict__.get("fewbits_normalisation"))
-    if run is not None:
-        held = read_json(run / RUN)
-        header |= {key: held[key] for key in DESCRIBED if key in held}
+    held = network.__dict__.get(HELD, {}) if run is None else read_json(run / RUN)
+    header |= {key: held[key] for key in DESCRIBED if key in held}
     header["bits"] = [quantizer.bits for _, quantizer in sorted(quantizers_of(network))]
     header["layers"] = {name: _grid(codes_of(layer)) for name, layer in packed_layers(network)}
     header["layout"] = layout(network)
