@@ -173,6 +173,8 @@ def _readers(value: ir.Value) -> list[str]:
     for use in value.uses():
         node = use.node
         found |= set(_readers(node.outputs[0])) if node.op_type in _HAND_ON else {node.op_type}
+    if found == {"QuantizeLinear"}:
+        return ["several quantizers"] if len(value.uses()) > 1 else ["a quantizer in another shape"]
     return sorted(found)
 
 
@@ -200,6 +202,11 @@ def _integer(
     # A channel whose factor or codes are zero is constant: no weights, and a scale that makes the bias exact enough.
     silent = scale < np.finfo(np.float32).tiny / np.float32(1e-6)
     silent |= ~grid.integers.reshape(len(grid.integers), -1).any(1)
+    reach = np.abs(grid.integers.reshape(len(grid.integers), -1)).sum(1) * float(largest_input)
+    output = _output_grid(affine, np.where(silent, 1.0, scale), input_grid.scale, stride)
+    if output is not None:
+        bias = affine.shift / (np.where(silent, 1.0, scale) * input_grid.scale)
+        silent |= integer_bias.constant_channels(bias, reach, output)
     scale = np.where(silent, np.maximum(np.abs(affine.shift), 1e-6) / input_grid.scale / 2**20, scale)
     bias = affine.shift / (scale * input_grid.scale)
     if np.abs(bias).max() >= integer_bias.LARGEST_BIAS:
