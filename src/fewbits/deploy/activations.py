@@ -47,7 +47,7 @@ class Cut:
         call: which run of a quantizer that runs several times.
         value: uint8 codes, int8 ones where ``is_signed``, or for a dynamic grid the float values.
         zero_point: what the exported codes add to the trained ones; None where ``value`` is float.
-        shape: of ``value`` without the batch, where the quantizer was moved in front of a view; None: as in PyTorch.
+        shape: of ``value`` without the batch, where the quantizer was moved to the front; None: as in PyTorch.
         is_bit: ``value`` is 0 and 1 where the quantizer gives -1 and +1.
         is_signed: the codes are int8.
     """
@@ -93,11 +93,14 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
         lower_end = float(quantizer.lower.detach())
         step = (positive(quantizer.upper - quantizer.lower) / quantizer.num_steps).detach().numpy()
     views: list[ir.Node] = []
-    while (node := producer(x, "Relu", "Clip", *_VIEWS)) is not None and only_reader_of(x):
-        if node.op_type in _VIEWS:
-            if _sizes(node.inputs[0]) is None:
+    while (node := producer(x, "Relu", "Clip", "MaxPool", *_VIEWS)) is not None and only_reader_of(x):
+        if node.op_type in ("MaxPool", *_VIEWS):
+            # What is quantized already is cheaper to round behind the pool.
+            is_late = node.op_type == "MaxPool" and producer(node.inputs[0], "DequantizeLinear") is not None
+            if is_late or _sizes(node.inputs[0]) is None or _sizes(x) is None:
                 break
-            # Rounding commutes with a view; the view then moves bytes, and what is in front meets its quantizer.
+            # Rounding commutes with a view and with a maximum; these then move bytes, and what is in front meets its
+            # quantizer.
             views.append(node)
         else:
             bounds = bounds_of(node)
@@ -123,6 +126,8 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     cut = Cut(name, call, codes_value, zero_point, _sizes(x_shape) if views else None)
     for node in reversed(views):
         codes_value = builder.copy(node.op_type, (codes_value, *node.inputs[1:]), node.attributes)
+        if node.op_type == "MaxPool":
+            cut = Cut(name, call, codes_value, zero_point, _sizes(node.outputs[0]))
     grid = Grid(float(scale), zero_point, lowest, highest)
     return dequantize(builder, codes_value, builder.constant(scale, np.float32), grid), cut
 

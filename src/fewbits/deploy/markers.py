@@ -42,7 +42,7 @@ class Built:
     def layer_before(self, cut: Cut) -> str | None:
         """The layer that gives the values of ``cut``, if one does."""
         value: ir.Value | None = cut.value
-        while (node := producer(value, "Clip", "QuantizeLinear")) is not None:
+        while (node := producer(value, "Clip", "QuantizeLinear", "MaxPool", "Reshape")) is not None:
             value = node.inputs[0]
         return next((site.layer for site in self.sites if site.result is value), None)
 
