@@ -11,7 +11,7 @@ from fewbits.quantizers import Quantizer
 
 
 @pytest.fixture(autouse=True, scope="session")
-def traces() -> Iterator[None]:
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tracing takes most of an export; networks that differ in their quantizers' numbers alone share one trace."""
     kept: dict[str, Any] = {}
     trace = graph_module.trace
@@ -24,6 +24,8 @@ def traces() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph_module, "trace", cached)
+        # What somebody measured on this machine chooses no kernels here.
+        patch.setenv("FEWBITS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

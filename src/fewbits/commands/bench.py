@@ -20,6 +20,7 @@ from ..convert import float_state, plan_of
 from ..runs import float_architecture, restructured
 from ..training import read_json
 from ..training.folder import RUN
+from .kernels import measure
 from .machine import machine
 from .runs import load_run, run_data
 from .ship import Export, export
@@ -40,6 +41,8 @@ class Bench:
         repeats: measurements of each.
         memory: measure peak memory too, in a process of its own for each file (Linux only).
         layers: how many of the most expensive layers of each of the student's files are named.
+        kernels: measure instead, alone, every layer of the run on every kernel that it can have in OpenVINO, and keep
+            the times in the user's cache folder ($FEWBITS_CACHE, else ~/.cache/fewbits): export chooses by them.
         data_root: the folder that holds the data sets.
     """
 
@@ -49,6 +52,7 @@ class Bench:
     repeats: int = 30
     memory: bool = True
     layers: int = 5
+    kernels: bool = False
     data_root: Path | None = None
 
 
@@ -66,6 +70,8 @@ def bench(config: Bench) -> list[dict[str, Any]]:
         raise ValueError(f"layers and threads must be at least 0, got {config.layers} and {list(config.threads)}")
     cores = os.cpu_count() or 1
     threads = list(dict.fromkeys(number or cores for number in config.threads))
+    if config.kernels:
+        return measure(config.run, threads, config.repeats, config.data_root)
     path = config.run / "student.onnx"
     if not path.exists():
         export(Export(config.run, data_root=config.data_root))

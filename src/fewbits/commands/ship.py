@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from ..convert import Plan, plan_of
 from ..data import Dataset, Normalisation
 from ..training import accuracy, read_json
 from ..training.folder import RUN
+from .kernels import explained
 from .machine import machine
 from .runs import load_run, run_data
 
@@ -40,11 +42,16 @@ class Export:
             with a list of what it would not take, and int4, weights of 2 to 4 bits as ONNX's own types.
         output: the file; by default student.onnx in the run folder, student-qdq.onnx or student-int4.onnx for variants,
             for openvino student-openvino.onnx, which it reads as well, or student-openvino.xml with a .bin beside it
-            for binary networks, which ONNX has no words for.
+            for one-bit weights with activations of one or two bits, whose XNOR kernels ONNX has no words for.
         minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
             hardly learned, whose classes are a hair apart.
         freeze_ranges: fix the ranges that DTQ's min-max finds anew in every batch, so that integers can be used:
             another method, minmax-frozen, and its accuracy is measured as such.
+        kernels: how OpenVINO's kernel of a layer is chosen where several give the same codes: table takes the fastest
+            by the times that were measured on this machine (fewbits bench RUN --kernels), measure measures them first,
+            default takes XNOR for one-bit weights and signs and int8 for the rest, as table does for a layer that was
+            never measured.
+        threads: that OpenVINO will run with; kernels are chosen for them. 0 is one for each core.
         data_root: the folder that holds the data sets.
     """
 
@@ -54,6 +61,8 @@ class Export:
     output: Path | None = None
     minimum_equal: float = 0.995
     freeze_ranges: bool = False
+    kernels: Literal["table", "measure", "default"] = "table"
+    threads: int = 1
     data_root: Path | None = None
 
 
@@ -72,7 +81,8 @@ def export(config: Export) -> dict[str, Any]:
     data = run_data(config.run, config.data_root)
     if config.freeze_ranges:
         student = freeze_ranges(student, _training_images(config.run, data, normalisation))
-    path = config.output or config.run / default_name(config.engine, plan_of(student), config.variant)
+    name = default_name(config.engine, plan_of(student), config.variant, config.kernels)
+    path = config.output or config.run / name
     images = data.pixels(PARITY_IMAGES)
     exported = export_student(
         student,
@@ -82,6 +92,8 @@ def export(config: Export) -> dict[str, Any]:
         engine=config.engine,
         variant=config.variant,
         minimum_equal=config.minimum_equal,
+        kernels=config.kernels,
+        threads=config.threads or os.cpu_count() or 1,
     )
     report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
     report |= {
@@ -100,17 +112,19 @@ def export(config: Export) -> dict[str, Any]:
     return report
 
 
-def default_name(engine: str, plan: Plan | None, variant: str = PACKED) -> str:
-    """Of a run's file for an engine."""
+def default_name(engine: str, plan: Plan | None, variant: str = PACKED, kernels: str = "table") -> str:
+    """Of a run's file for an engine: ``.xml`` where a layer may run on the XNOR kernel, for ONNX has no word for it."""
     if variant != PACKED:
         return f"student-{variant}.onnx"
     if engine == DEFAULT_ENGINE:
         return "student.onnx"
-    is_binary = plan is not None and plan.weights == plan.activations == 1
+    is_binary = plan is not None and plan.weights == 1 and plan.activations <= (1 if kernels == "default" else 2)
     return f"student-{engine}.xml" if is_binary else f"student-{engine}.onnx"
 
 
 def _export_table(report: dict[str, Any]) -> Table:
+    from ..deploy.kernels import FASTER
+
     table = Table(title=f"{report['file']} for {report['engine']}", show_header=False)
     table.add_row("size", f"{report['size_bytes']:,} bytes, float {report['float_bytes']:,} ({report['ratio']:.1f}x)")
     table.add_row("theoretical size of its bits", f"{report['theoretical_bytes']:,} bytes")
@@ -131,11 +145,16 @@ def _export_table(report: dict[str, Any]) -> Table:
         num = len(report["dynamic"])
         table.add_row("dynamic ranges", f"in {num} places: an image's logits depend on the batch that it comes in")
     kernels = [layer for layer in report["layers"]]
-    reasons = [f"{layer['name']}: {layer['reason']}" for layer in kernels if layer.get("reason")]
     if report["variant"] == "qdq":
         _add_placement(table, report["misplaced"])
         return table
-    table.add_row("layers on integer kernels", f"{len(kernels) - len(reasons)} of {len(kernels)}")
+    faster = [layer for layer in kernels if layer.get("reason") == FASTER]
+    reasons = [f"{layer['name']}: {layer['reason']}" for layer in kernels if layer.get("reason") not in ("", FASTER)]
+    on_integers = f"{len(kernels) - len(reasons) - len(faster)} of {len(kernels)}"
+    by_choice = f", and {len(faster)} in float by choice, which is faster here" if faster else ""
+    table.add_row("layers on integer kernels", on_integers + by_choice)
+    for line in explained(kernels):
+        table.add_row("kernel", line)
     for reason in reasons:
         table.add_row("in float", reason)
     for layer in kernels:

@@ -4,6 +4,7 @@ from .bench import BenchRow, accuracy, bench, costs
 from .costs import Cost
 from .export import export
 from .freeze import freeze_ranges
+from .measure import measure_kernels
 from .packed import Packed, load_packed, pack
 from .probe import Probed, probe
 from .prove import Proof, prove
@@ -25,6 +26,7 @@ __all__ = [
     "export",
     "freeze_ranges",
     "load_packed",
+    "measure_kernels",
     "pack",
     "probe",
     "prove",

@@ -39,6 +39,15 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """An activation as tensors of 0 and 1: what it stands for is ``lowest + step * (their sum)``."""
+
+    values: tuple[ir.Value, ...]
+    lowest: float
+    step: float
+
+
+@dataclass(frozen=True)
 class Cut:
     """A place where PyTorch and the engine can be compared.
 
@@ -48,7 +57,7 @@ class Cut:
         value: uint8 codes, int8 ones where ``is_signed``, or for a dynamic grid the float values.
         zero_point: what the exported codes add to the trained ones; None where ``value`` is float.
         shape: of ``value`` without the batch, where the quantizer was moved to the front; None: as in PyTorch.
-        is_bit: ``value`` is 0 and 1 where the quantizer gives -1 and +1.
+        bits: where the activation is tensors of bits, of which ``value`` is the first.
         is_signed: the codes are int8.
     """
 
@@ -57,7 +66,7 @@ class Cut:
     value: ir.Value
     zero_point: int | None
     shape: tuple[int, ...] | None = None
-    is_bit: bool = False
+    bits: Bits | None = None
     is_signed: bool = False
 
 

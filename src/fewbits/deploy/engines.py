@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .activations import Cut
+    from .candidates import Candidates
     from .costs import Cost
-    from .fold import Care
+    from .fold import Care, Site
+    from .kernels import Kind
     from .markers import Built
 
 Array = npt.NDArray[Any]
@@ -55,6 +57,14 @@ class Engine(Protocol):
 
     def kernels(self, built: Built) -> dict[str, str]:
         """The operator that runs each quantized layer, read from the engine's own optimized graph."""
+
+    def candidates(self, traced: ir.Model, student: nn.Module) -> dict[str, Candidates]:
+        """The kernels that each quantized layer can have with the same codes; no layers where there is no choice."""
+
+    def measure(
+        self, found: Mapping[str, Candidates], student: nn.Module, *, threads: int, repeats: int
+    ) -> dict[str, dict[Kind, float]]:
+        """Milliseconds of each candidate."""
 
     def metadata(self, path: Path) -> dict[str, str]:
         """What was written into a file beside the network."""
@@ -109,6 +119,20 @@ class OnnxRuntime:
             for site in built.sites
         }
 
+    def candidates(self, traced: ir.Model, student: nn.Module) -> dict[str, Candidates]:
+        """None: a layer runs on integers where its output is quantized."""
+        return {}
+
+    def measure(
+        self, found: Mapping[str, Candidates], student: nn.Module, *, threads: int, repeats: int
+    ) -> dict[str, dict[Kind, float]]:
+        """Nothing to measure.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("engine must be 'openvino', got 'onnxruntime', in which no layer has a choice of kernels")
+
     def metadata(self, path: Path) -> dict[str, str]:
         """See ``sessions.metadata``."""
         from .sessions import metadata
@@ -153,10 +177,10 @@ class OpenVINO:
     def cut(
         self, model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]
     ) -> onnx.ModelProto:
-        """See ``openvino.cut``."""
-        from . import openvino
+        """See ``openvino_cut.cut``."""
+        from .openvino_cut import cut
 
-        return openvino.cut(model, cuts, shapes)
+        return cut(model, cuts, shapes)
 
     def open(self, model: onnx.ModelProto | Path, *, threads: int = 1) -> Session:
         """See ``openvino_runtime.Compiled``."""
@@ -169,7 +193,21 @@ class OpenVINO:
         from .openvino_runtime import Compiled, convert
 
         kernels = Compiled(convert(built.proto)).kernels()
-        return {site.layer: _kernel(kernels, built.proto, str(site.result.name)) for site in built.sites}
+        return {site.layer: _kernels(kernels, built.proto, site) for site in built.sites}
+
+    def candidates(self, traced: ir.Model, student: nn.Module) -> dict[str, Candidates]:
+        """See ``candidates.candidates``."""
+        from .candidates import candidates
+
+        return candidates(traced, student)
+
+    def measure(
+        self, found: Mapping[str, Candidates], student: nn.Module, *, threads: int, repeats: int
+    ) -> dict[str, dict[Kind, float]]:
+        """See ``layer_times.measure``."""
+        from .layer_times import measure
+
+        return measure(found, student, threads=threads, repeats=repeats)
 
     def metadata(self, path: Path) -> dict[str, str]:
         """Of either kind of file."""
@@ -180,7 +218,7 @@ class OpenVINO:
 
     def is_integer(self, kernel: str) -> bool:
         """Kernels end in the precision that they work in."""
-        return kernel.lower().endswith(("_i8", "_u8", "_u1"))
+        return all(part.endswith(("_i8", "_u8", "_u1")) for part in kernel.lower().split(" + "))
 
     def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
         """See ``costs.of_openvino``."""
@@ -227,6 +265,13 @@ def engine_of(path: Path) -> str:
     from .sessions import metadata
 
     return metadata(path).get(ENGINE, "onnxruntime")
+
+
+def _kernels(kernels: Mapping[str, str], proto: onnx.ModelProto, site: Site) -> str:
+    """The kernel of a layer; of one that is put together from several all of them."""
+    found = [_kernel(kernels, proto, str(value.name)) for value in site.products or (site.result,)]
+    counts = [f"{found.count(kernel)} x {kernel}" for kernel in dict.fromkeys(found)]
+    return " + ".join(counts) if site.products else found[0]
 
 
 def _kernel(kernels: Mapping[str, str], proto: onnx.ModelProto, name: str) -> str:

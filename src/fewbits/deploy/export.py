@@ -19,7 +19,10 @@ from .. import checks
 from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
 from ..quantizers import Quantizer
+from .choosing import Source
+from .choosing import choices as choose_kernels
 from .engines import Engine
+from .kernels import Choice
 from .result import Exported, LayerRow
 from .sessions import missing
 from .variants import PACKED, VARIANTS
@@ -50,11 +53,14 @@ def export(
     check: bool = True,
     minimum_equal: float = MINIMUM_EQUAL,
     class_names: Sequence[str] = (),
+    kernels: Source = "table",
+    threads: int = 1,
 ) -> Exported:
     """Write ``student`` as a file for ``engine``, weights packed at their bits, and prove that it computes the same.
 
     The file takes ``images`` (float32 in 0..1, N x C x H x W, any N) and gives ``logits``; the normalisation is inside.
-    The same student gives the same bytes. A float network is exported too, as the baseline of a comparison.
+    The same student on the same kernels gives the same bytes. A float network is exported too, as the baseline of a
+    comparison.
 
     Args:
         student: a quantized and calibrated network; it is neither changed nor moved.
@@ -70,6 +76,10 @@ def export(
         check: whether to run the file and compare; a file that was not checked may be wrong.
         minimum_equal: share of images that must get the same prediction; of few images one may differ.
         class_names: go into the file's metadata.
+        kernels: how a layer's kernel is chosen where several give the same codes, in OpenVINO: ``"table"`` takes the
+            fastest by the times that were measured on this machine before, ``"measure"`` measures first,
+            ``"default"`` leaves times aside: XNOR for one-bit weights and signs, else int8.
+        threads: of the engine, whose times count.
 
     Raises:
         ImportError: the extra ``onnx`` is not installed.
@@ -96,7 +106,9 @@ def export(
     from . import parity
     from .placement import misplaced
 
-    metadata = _metadata(student, class_names)
+    binary = target.suffix != ".onnx"
+    choices, chosen_kinds = choose_kernels(chosen, engine, traced, network, kernels, threads=threads, binary=binary)
+    metadata = _metadata(student, class_names) | chosen_kinds
     built, found = chosen.build(traced, network, metadata, {}), None
     if check:
         expected = parity.reference(network, images, normalisation, built.cuts)
@@ -107,7 +119,7 @@ def export(
             built = chosen.build(traced, network, metadata | {CARE: written_care(care)}, care)
             found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         parity.check(found, minimum_equal, len(images))
-    rows: tuple[LayerRow, ...] = _layers(network, built, chosen, variant)
+    rows: tuple[LayerRow, ...] = _layers(network, built, chosen, variant, choices)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         files = chosen.write(built, Path(folder) / target.name)
         size = sum(file.stat().st_size for file in files)
@@ -252,7 +264,9 @@ def _more_care(
     return {name: fold.Care(level + 1) for name, level in levels.items() if level < highest}
 
 
-def _layers(network: nn.Module, built: markers.Built, engine: Engine, variant: str) -> tuple[LayerRow, ...]:
+def _layers(
+    network: nn.Module, built: markers.Built, engine: Engine, variant: str, choices: Mapping[str, Choice]
+) -> tuple[LayerRow, ...]:
     from .placement import of_layer
 
     rows, dynamic, kernels = [], _dynamic(network), engine.kernels(built)
@@ -265,7 +279,8 @@ def _layers(network: nn.Module, built: markers.Built, engine: Engine, variant: s
             reason = of_layer(built, site.layer)
         elif not reason and not engine.is_integer(kernel):
             reason = "the engine does not fuse it, though its weights, input and output would allow it"
-        rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason, site.note))
+        choice = choices[site.layer].why if site.layer in choices else ""
+        rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason, site.note, choice))
     return tuple(rows)
 
 

@@ -48,6 +48,7 @@ class Site:
         reason: why no integer kernel serves it; empty if one does.
         result: what the layer gives, batch norm included.
         note: why it has not the kernel that one would expect, where an integer kernel serves it all the same.
+        products: the results of its kernels, where ``result`` is put together from several.
     """
 
     layer: str
@@ -55,6 +56,7 @@ class Site:
     reason: str
     result: ir.Value
     note: str = ""
+    products: tuple[ir.Value, ...] = ()
 
 
 class Care(IntEnum):

@@ -13,11 +13,10 @@ What OpenVINO 2026.4 wants, each found by measuring:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -26,18 +25,20 @@ from ..quantizers import Quantizer
 from ..quantizers.ewgs import EWGSActivation
 from ..quantizers.minmax import MinMax
 from ..quantizers.rounding import positive
-from . import markers, xnor
-from .activations import GRID, SIGNS, Cut, Grid, dynamic_range
+from . import kernels, markers, planes, xnor
+from .activations import GRID, SIGNS, Bits, Cut, Grid, dynamic_range
 from .builder import Builder, array_of, producer, replace
+from .candidates import candidates, layer_of
 from .fold import Site, behind
 from .graph import MARK
+from .kernels import Kind
 from .markers import Built
 from .movement import MOVES
 from .openvino_weights import fake_quantize, fits, values, weight
 from .weights import Floats, WeightGrid
 
-BIT = "fewbits.bit"
-"""Key in a value's ``meta``: True if it is 0 and 1 where the quantizer gives -1 and +1, False if it is -1 and +1."""
+BITS, SIGN = "fewbits.bits", "fewbits.sign"
+"""Keys in a value's ``meta``: the ``Bits`` that it is the first of; whether it is a float -1 or +1."""
 
 HAND_ON = {*MOVES, "Relu", "Clip", "Pad", "MaxPool", "Concat"}
 LEVELS = 256
@@ -51,9 +52,11 @@ class OpenVINO:
 
     Args:
         quantizers: of the network, by qualified name.
+        kinds: of kernels, by layer, see ``kernels.choose``.
     """
 
     quantizers: Mapping[str, Quantizer]
+    kinds: Mapping[str, Kind]
 
     def prepare(self, builder: Builder) -> None:
         """Nothing to do."""
@@ -62,18 +65,26 @@ class OpenVINO:
         self, builder: Builder, mark: ir.Node, quantizer: Quantizer, name: str, call: int
     ) -> tuple[ir.Value, Cut]:
         """The operators that do what ``quantizer`` does, and where to compare."""
+        x, readers = mark.inputs[0], {self.kinds.get(layer_of(use.node)) for use in mark.outputs[0].uses()}
+        assert x is not None
+        if readers in ({"xnor"}, {"planes"}):
+            bits = (xnor if readers == {"xnor"} else planes).bits(builder, x, quantizer)
+            # Holds the bits until the convolution behind it is replaced; then nobody reads it.
+            value = builder.append(ir.node("Bits", bits.values, domain=xnor.DOMAIN))
+            value.meta[BITS] = bits
+            return value, Cut(name, call, bits.values[0], None, bits=bits)
         return _activation(builder, mark, name, call, self.quantizers)
 
     def between(self, builder: Builder) -> None:
         """Nothing to do: OpenVINO moves its own dequantizations."""
 
     def convolution(self, builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
-        """On the XNOR kernel, on int8, or in float."""
-        return _convolution(builder, conv, grid, layer)
+        """On the XNOR kernel, once or for each plane, on int8, or in float."""
+        return _convolution(builder, conv, grid, layer, self.kinds[layer])
 
     def linear(self, builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) -> Site:
         """On int8 or in float."""
-        return _linear(builder, node, grid, layer)
+        return _linear(builder, node, grid, layer, self.kinds[layer])
 
     def values(self, builder: Builder, grid: WeightGrid) -> ir.Value:
         """See ``openvino_weights.values``."""
@@ -89,31 +100,14 @@ def build(traced: ir.Model, student: nn.Module, metadata: Mapping[str, str]) -> 
     Args:
         traced: from ``graph.trace``.
         student: the network that it was traced from.
-        metadata: goes into the file.
+        metadata: goes into the file, and says which layers have other kernels than the preferred ones.
+
+    Raises:
+        ValueError: a layer cannot have the kernel that ``metadata`` give it.
     """
     quantizers = {name: m for name, m in student.named_modules() if isinstance(m, Quantizer)}
-    return markers.build(traced, student, metadata, OpenVINO(quantizers))
-
-
-def _all_binary(mark: ir.Node, quantizers: Mapping[str, Quantizer]) -> bool:
-    """Whether everything that reads an activation's marker is a convolution that the XNOR kernel serves."""
-    return all(
-        use.node.op_type == "Conv" and use.idx == 0 and not _refusal(use.node, quantizers)
-        for use in mark.outputs[0].uses()
-    )
-
-
-def _refusal(conv: ir.Node, quantizers: Mapping[str, Quantizer]) -> str:
-    """Why a convolution that reads a weight's marker is none for the XNOR kernel; empty if it is one."""
-    mark = conv.inputs[1].producer() if conv.inputs[1] is not None else None
-    weight = array_of(mark.inputs[0]) if mark is not None and mark.op_type == MARK else None
-    if mark is None or weight is None:
-        return "its weights are not quantized"
-    quantizer = quantizers[mark.attributes["quantizer"].as_string()]
-    # -1 and +1 times a scale; DoReFa's single bit is of that kind too, a min-max grid is not.
-    if quantizer.bits != 1 or quantizer.engine == "float":
-        return "its weights have more than one bit"
-    return xnor.refusal(conv, weight.shape)
+    kinds = {layer: found.kinds for layer, found in candidates(traced, student).items()}
+    return markers.build(traced, student, metadata, OpenVINO(quantizers, kernels.read_written(metadata, kinds)))
 
 
 def _activation(
@@ -126,15 +120,11 @@ def _activation(
         value = dynamic_range(builder, x, quantizer)
         return value, Cut(name, call, value, None)
     if isinstance(quantizer, SIGNS):
-        if _all_binary(mark, quantizers):
-            value = xnor.bits(builder, x, quantizer)
-            value.meta[BIT] = True
-            return value, Cut(name, call, value, None, is_bit=True)
         above = builder.node("Greater", x, builder.constant(xnor.threshold(x, quantizer), np.float32))
         ends = (builder.constant(end, np.float32) for end in (1.0, -1.0))
         bounds = (-LEVELS / 2, LEVELS / 2 - 1)
         value = fake_quantize(builder, builder.node("Where", above, *ends), bounds, bounds, LEVELS)
-        value.meta[BIT] = False
+        value.meta[SIGN] = True
         return value, Cut(name, call, value, None)
     zero = quantizer.encode(torch.zeros(()))
     scale, lowest, highest = float(zero.scale), zero.low, zero.high
@@ -196,39 +186,55 @@ def _is_requantized(value: ir.Value, quantizers: Mapping[str, Quantizer]) -> boo
     )
 
 
-def _convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str) -> Site:
+def _convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str, kind: Kind) -> Site:
     x, bias = conv.inputs[0], array_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
     assert x is not None
     affine = behind(conv.outputs[0], np.zeros(len(grid.unsigned)) if bias is None else bias.astype(np.float64))
-    if x.meta.get(BIT):
-        result = xnor.convolution(builder, x, conv, grid)
-        scale = _channels(grid.scale * affine.factor, affine.factor)
-        value, reason = builder.node("Mul", result, builder.constant(scale, np.float32)), ""
+    bits: Bits | None = x.meta.get(BITS)
+    reason, products = "", tuple[ir.Value, ...]()
+    if bits is not None:
+        if kind == "planes":
+            result, products, unit = planes.convolution(builder, bits, conv, grid)
+        else:
+            result, unit = xnor.convolution(builder, bits.values[0], conv, grid), 1.0
+        scale = _channels(grid.scale * affine.factor * unit, affine.factor)
+        value = builder.node("Mul", result, builder.constant(scale, np.float32))
     else:
-        made = weight(builder, grid, affine.factor)
+        made = _float_weight(builder, grid, affine.factor) if kind == "float" else weight(builder, grid, affine.factor)
         value = result = builder.copy("Conv", (x, made), conv.attributes)
-        reason = _reason(x, grid)
-    is_binary = grid.bits == 1 and grid.offset is None and _unpadded(x).meta.get(BIT) is False
+        reason = _reason(x, grid, kind)
+    is_binary = grid.bits == 1 and grid.offset is None and _unpadded(x).meta.get(SIGN) is True
     note = xnor.refusal(conv, grid.unsigned.shape) or "its input is padded, or read by others" if is_binary else ""
     if affine.shift.any():
         value = builder.node("Add", value, builder.constant(_channels(affine.shift, affine.factor), np.float32))
     replace(affine.end, value)
-    return Site(layer, result, reason, result, note)
+    return Site(layer, result, reason, result, note, products)
 
 
-def _linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str) -> Site:
+def _linear(builder: Builder, node: ir.Node, grid: WeightGrid, layer: str, kind: Kind) -> Site:
     x = node.inputs[0]
     assert x is not None
     bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    made = weight(builder, grid, np.ones(len(grid.unsigned)), transposed=True)
+    ones = np.ones(len(grid.unsigned))
+    if kind == "float":
+        made = builder.node("Transpose", _float_weight(builder, grid, ones), perm=[1, 0])
+    else:
+        made = weight(builder, grid, ones, transposed=True)
     result = value = builder.node("MatMul", x, made)
     if bias is not None:
         value = builder.node("Add", value, builder.constant(bias, np.float32))
     replace(node.outputs[0], value)
-    return Site(layer, result, _reason(x, grid), result)
+    return Site(layer, result, _reason(x, grid, kind), result)
 
 
-def _reason(x: ir.Value, grid: WeightGrid) -> str:
+def _float_weight(builder: Builder, grid: WeightGrid, factor: Floats) -> ir.Value:
+    """The weight times a factor for each output channel, on no grid that OpenVINO could see."""
+    shape = [-1] + [1] * (grid.unsigned.ndim - 1)
+    value = values(builder, grid, grid.unsigned)
+    return builder.node("Mul", value, builder.constant(factor.reshape(shape), np.float32))
+
+
+def _reason(x: ir.Value, grid: WeightGrid, kind: Kind) -> str:
     """Why a layer cannot run on integers; empty if it can."""
     if grid.offset is not None:
         return f"a {grid.bits}-bit grid with a float offset has no int8 form; packed in the file, float in the engine"
@@ -236,7 +242,9 @@ def _reason(x: ir.Value, grid: WeightGrid) -> str:
         return f"codes from {grid.integers.min()} to {grid.integers.max()} do not fit into 8 bits with a sign"
     node = _unpadded(x).producer()
     is_fake = node is not None and node.op_type == "FakeQuantize"
-    return "" if is_fake else "its input is not quantized"
+    if not is_fake:
+        return "its input is not quantized"
+    return kernels.FASTER if kind == "float" else ""
 
 
 def _unpadded(x: ir.Value) -> ir.Value:
@@ -248,54 +256,3 @@ def _unpadded(x: ir.Value) -> ir.Value:
 def _channels(numbers: Floats, like: Floats) -> Floats:
     """One number for each channel of a map."""
     return np.broadcast_to(numbers, like.shape).reshape(1, -1, 1, 1)
-
-
-def cut(model: onnx.ModelProto, cuts: Sequence[Cut], shapes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """A copy that gives the value of every cut, and in which whatever read it reads the input ``NAME.in`` instead.
-
-    What is fed goes through a quantizer of the same grid once more, so that the layers behind keep their kernels.
-
-    Args:
-        model: from ``build``.
-        cuts: of it.
-        shapes: without the batch, by the cuts' names.
-    """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    names = {str(c.value.name): c for c in cuts}
-    for node in copy.graph.node:
-        for index, name in enumerate(node.input):
-            if name in names:
-                node.input[index] = f"{name}.again"
-    makers = {node.output[0]: node for node in copy.graph.node if node.output[0] in names}
-    for name, cut in names.items():
-        maker, ends = makers[name], list(makers[name].input[1:])
-        added = []
-        if cut.is_bit:
-            # The bits themselves cannot leave the graph; the comparison that makes them can.
-            shape = next(list(t.dims) for t in copy.graph.initializer if t.name == ends[0])
-            half = onnx.numpy_helper.from_array(np.full(shape, 0.5, np.float32), f"{name}.half")
-            copy.graph.initializer.append(half)
-            added.append(_again(maker, name, [half.name, half.name, *ends[2:]]))
-            maker.CopyFrom(onnx.helper.make_node("Greater", [maker.input[0], ends[0]], [f"{name}.above"]))
-            added.append(onnx.helper.make_node("Cast", [f"{name}.above"], [name], to=onnx.TensorProto.FLOAT))
-        elif maker.op_type == "FakeQuantize":
-            added.append(_again(maker, name, [*ends[2:], *ends[2:]]))
-        else:
-            added.append(onnx.helper.make_node("Identity", [f"{name}.in"], [f"{name}.again"]))
-        for node in added:
-            copy.graph.node.append(node)
-        sizes: list[str | int | None] = [f"{name}.N", *shapes[name]]
-        copy.graph.input.append(onnx.helper.make_tensor_value_info(f"{name}.in", onnx.TensorProto.FLOAT, sizes))
-        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return copy
-
-
-def _again(maker: onnx.NodeProto, name: str, ends: Sequence[str]) -> onnx.NodeProto:
-    """The same FakeQuantize with other bounds, from what is fed to who reads."""
-    node = onnx.NodeProto()
-    node.CopyFrom(maker)
-    del node.input[:], node.output[:]
-    node.input.extend([f"{name}.in", *ends])
-    node.output.append(f"{name}.again")
-    return node

@@ -80,7 +80,7 @@ def _binary_convolution(node: Any) -> list[Any]:
         pads[half:],
         node.get_attribute("dilations"),
         "xnor-popcount",
-        0.0,
+        node.get_attribute("pad_value") if node.has_attribute("pad_value") else 0.0,
     )
     return [product.output(0)]
 

@@ -99,9 +99,10 @@ def reference(
             codes[key], steps[key] = found.decode().numpy(), float(found.scale)
         else:
             kind = torch.int8 if places[key].is_signed else torch.uint8
-            codes[key] = (found.integers + zero_point).to(kind).numpy()
+            codes[key], steps[key] = (found.integers + zero_point).to(kind).numpy(), 1.0
+        if isinstance(module, SIGNS):
             # From -1 to +1 it is one step, and the codes of signs are 0 and 2.
-            steps[key] = 2.0 if isinstance(module, SIGNS) else 1.0
+            steps[key] *= 2
 
     for name, module in student.named_modules():
         if isinstance(module, Quantizer):
@@ -233,8 +234,6 @@ def check(parity: Parity, minimum_equal: float, num_images: int) -> None:
 def _shaped(expected: Reference, cut: Cut) -> Array:
     """Codes in PyTorch's shape; where the exporter moved a quantizer in front of a view, in the shape there."""
     codes = expected.codes[(cut.quantizer, cut.call)]
-    if cut.is_bit:
-        codes = (codes + 1) / 2
     # Not by the number of images: the view may be the one that folds windows into the batch.
     return codes if cut.shape is None else codes.reshape((-1, *cut.shape))
 

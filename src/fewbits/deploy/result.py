@@ -20,6 +20,7 @@ class LayerRow:
         kernel: the operator that the engine runs, read from its own optimized graph.
         reason: why that is no integer kernel; empty if it is one.
         note: why it is not the kernel that one would expect, a binary one for example.
+        choice: why it was chosen where there are several: the time of each, or that none was measured.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerRow:
     kernel: str
     reason: str = ""
     note: str = ""
+    choice: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ Thresholds and outputs have to have the shape [1, C, 1, 1], or the kernel comput
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ..quantizers import Quantizer
 from ..quantizers.sign import ReActActivation
+from .activations import Bits
 from .builder import Builder
 from .openvino_weights import DOMAIN as OPENVINO
 from .packing import pack
@@ -24,27 +26,42 @@ CHANNELS = 8
 """Input channels have to be a multiple of this, or the kernel is wrong without a word."""
 
 
-def bits(builder: Builder, x: ir.Value, quantizer: Quantizer) -> ir.Value:
-    """1 where the quantizer gives +1, 0 where it gives -1: OpenVINO's FakeQuantize of two levels."""
-    below = threshold(x, quantizer)
-    ends = [builder.constant(end, np.float32) for end in (below, below, np.zeros_like(below), np.ones_like(below))]
+def bits(builder: Builder, x: ir.Value, quantizer: Quantizer) -> Bits:
+    """1 where the quantizer gives +1, 0 where it gives -1."""
+    return Bits((compare(builder, x, quantizer, _turn(quantizer)),), -1.0, 2.0)
+
+
+def compare(builder: Builder, x: ir.Value, quantizer: Quantizer, below: npt.ArrayLike) -> ir.Value:
+    """1 for ``x > below``, else 0: OpenVINO's FakeQuantize of two levels. ``below`` is one number, or one a channel."""
+    limit = _channels(x, quantizer, below)
+    ends = [builder.constant(end, np.float32) for end in (limit, limit, np.zeros_like(limit), np.ones_like(limit))]
     return builder.append(ir.node("FakeQuantize", [x, *ends], {"levels": 2}, domain=OPENVINO))
 
 
 def threshold(x: ir.Value, quantizer: Quantizer) -> Floats:
     """Where the sign turns: +1 for what is greater, 1 x C x 1 x 1."""
-    num_channels = _num_channels(x, quantizer)
-    turn = np.zeros(num_channels, np.float32)
+    return _channels(x, quantizer, _turn(quantizer))
+
+
+def _turn(quantizer: Quantizer) -> npt.NDArray[np.float32]:
+    """The largest float whose sign is -1; one number, or one a channel."""
+    turn = np.zeros((), np.float32)
     if isinstance(quantizer, ReActActivation):
         # x + s >= 0 in floats exactly where x >= -s: rounding a sum does not change its sign.
         turn = -quantizer.shift.detach().numpy()
-    below = np.nextafter(turn, np.float32(-np.inf))
+    return np.asarray(np.nextafter(turn, np.float32(-np.inf)))
+
+
+def _channels(x: ir.Value, quantizer: Quantizer, below: npt.ArrayLike) -> Floats:
+    """The limit of every channel, 1 x C x 1 x 1."""
+    num_channels = _num_channels(x, quantizer)
+    limit = np.broadcast_to(np.asarray(below, np.float32), num_channels)
     # Kernels may take numbers below the smallest normal one for zero.
     smallest = np.finfo(np.float32).tiny
-    below = np.where(np.abs(below) < smallest, -smallest, below)
+    limit = np.where(np.abs(limit) < smallest, np.where(limit < 0, -smallest, 0.0), limit)
     shape = [1] * _rank(x)
     shape[quantizer.channel_dim] = num_channels
-    return np.asarray(below.reshape(shape), np.float32)
+    return np.asarray(limit.reshape(shape), np.float32)
 
 
 def refusal(conv: ir.Node, shape: tuple[int, ...]) -> str:
@@ -59,13 +76,24 @@ def refusal(conv: ir.Node, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def convolution(builder: Builder, bit: ir.Value, conv: ir.Node, grid: WeightGrid) -> ir.Value:
-    """Sums of products of signs, N x O x H x W: whole numbers; zero padding counts nothing."""
+def convolution(builder: Builder, bit: ir.Value, conv: ir.Node, grid: WeightGrid, pad: float = 0.0) -> ir.Value:
+    """Sums of products of signs, N x O x H x W: whole numbers.
+
+    Args:
+        builder: of the graph.
+        bit: 0 and 1 for -1 and +1.
+        conv: whose strides, pads and dilations count.
+        grid: one-bit weights.
+        pad: what stands around the map: 0 counts nothing, -1 and +1 are signs.
+    """
     packed = builder.constant(pack(grid.unsigned, 1), np.uint8, f"{grid.name}.packed")
     lists = {name: [int(v) for v in conv.attributes[name].as_ints()] for name in LISTS if name in conv.attributes}
     attributes = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1]} | lists
     shape = {"shape": [int(size) for size in grid.unsigned.shape]}
-    return builder.append(ir.node(OPERATOR, [bit, packed], attributes | shape, domain=DOMAIN))
+    node = ir.node(OPERATOR, [bit, packed], attributes | shape, domain=DOMAIN)
+    if pad:
+        node.attributes["pad_value"] = ir.AttrFloat32("pad_value", pad)
+    return builder.append(node)
 
 
 def _num_channels(x: ir.Value, quantizer: Quantizer) -> int:

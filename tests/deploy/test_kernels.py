@@ -1,0 +1,380 @@
+"""Kernels are chosen by measured times, and each gives the trained codes; planes are exact, ties and edges included."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fewbits as fb
+from fewbits.commands import kernels as command
+from fewbits.deploy import choosing, export, kernels, measure_kernels, planes, prove
+from fewbits.deploy.builder import Builder
+from fewbits.deploy.candidates import candidates
+from fewbits.deploy.compact import compact
+from fewbits.deploy.export import prepare
+from fewbits.deploy.kernels import FASTER, PREFERENCE, Choice, choose
+from fewbits.deploy.weights import WeightGrid
+from fewbits.layers import QuantConv2d
+from fewbits.quantizers import Quantizer, QuantSpec, build
+
+from .test_openvino import images, layer_row, student
+
+pytest.importorskip("openvino")
+
+from fewbits.deploy.openvino_runtime import Compiled, convert
+
+HERE = kernels.machine("openvino", 1)
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
+    return kernels.table_path()
+
+
+# The choice
+
+
+times_of = st.dictionaries(st.sampled_from(PREFERENCE), st.floats(1e-3, 10))
+
+
+@given(st.sets(st.sampled_from(PREFERENCE), min_size=1), st.dictionaries(st.sampled_from("abc"), times_of))
+def test_choice_is_the_fastest_or_the_first(kinds, times):
+    shapes = list(times) or ["a"]
+    found = choose(sorted(kinds), shapes, times)
+    first = next(kind for kind in ("xnor", "int8", "float", "planes") if kind in kinds)
+    if len(kinds) == 1:
+        assert found == Choice(first, "the only way")
+        return
+    if not all(kind in times.get(shape, {}) for shape in shapes for kind in kinds):
+        assert found == Choice(first, "default: not measured")
+        return
+    sums = {kind: sum(times[shape][kind] for shape in shapes) for kind in kinds}
+    least = min(sums.values())
+    if found.kind == first:
+        assert sums[first] - least <= max(0.05 * sums[first], 0.005)
+    else:
+        assert sums[found.kind] == least < sums[first]
+    assert all(f"{kind} {sums[kind]:.3f} ms" in found.why for kind in kinds)
+
+
+def test_without_times_planes_are_never_chosen():
+    for size in range(2, 5):
+        for kinds in itertools.combinations(PREFERENCE, size):
+            assert choose(kinds, ["a"], {}).kind != "planes"
+            assert choose(kinds, [], {"a": dict.fromkeys(kinds, 1.0)}).why == "default: not measured"
+
+
+# The table
+
+
+def test_times_are_kept_by_machine_and_shape(table: Path):
+    kernels.store(table, "here", {"a": {"int8": 1.0}, "b": {"int8": 2.0}})
+    kernels.store(table, "there", {"a": {"int8": 3.0}})
+    kernels.store(table, "here", {"b": {"float": 4.0}})
+    assert kernels.read(table, "here") == {"a": {"int8": 1.0}, "b": {"float": 4.0}}
+    assert kernels.read(table, "there") == {"a": {"int8": 3.0}}
+    assert kernels.read(table, "nowhere") == {}
+    assert [path.name for path in table.parent.iterdir()] == ["kernels.json"]
+    assert len({kernels.machine("openvino", 1), kernels.machine("openvino", 2), kernels.machine("onnxruntime", 1)}) == 3
+
+
+GOOD = {"format": 1, "machines": {HERE: {"a": {"int8": 1.0}}}}
+DAMAGED = [
+    "{",
+    "[]",
+    b"\xff\xfe\x00".decode("latin-1"),
+    json.dumps(GOOD | {"format": 2}),
+    json.dumps(GOOD | {"machines": []}),
+    json.dumps(GOOD | {"machines": {HERE: {"a": 1.0}}}),
+    json.dumps(GOOD | {"machines": {HERE: {"a": {"int9": 1.0}}}}),
+    json.dumps(GOOD | {"machines": {HERE: {"a": {"int8": -1.0}}}}),
+    json.dumps(GOOD | {"machines": {HERE: {"a": {"int8": float("nan")}}}}),
+    json.dumps(GOOD | {"machines": {HERE: {"a": {"int8": "fast"}}}}),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_table_is_named_left_aside_and_replaced(content: str, table: Path):
+    table.parent.mkdir()
+    table.write_text(content, encoding="latin-1")
+    with pytest.warns(UserWarning, match=r"kernels\.json is damaged .* measure again with fewbits bench RUN --kernels"):
+        assert kernels.read(table, HERE) == {}
+    kernels.store(table, HERE, GOOD["machines"][HERE])
+    assert kernels.read(table, HERE) == GOOD["machines"][HERE]
+
+
+# Planes
+
+
+def quantizer(name: str, low: float = 0.0) -> Quantizer:
+    """Two bits, one where the name ends in -1, calibrated on values from ``low`` up."""
+    method, bits = name.removesuffix("-1"), 1 if name.endswith("-1") else 2
+    made = build(QuantSpec(method, bits, "activation"), 8, 1)
+    x = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * (1 - low) + low
+    made.calibrate(x)
+    return made.eval()
+
+
+QUANTIZERS = [("lsq", 0.0), ("lsq", -1.0), ("ewgs", -1.0), ("ewgs", 0.0), ("pact", 0.0), ("dorefa", 0.0)]
+QUANTIZERS += [("minmax-frozen", 0.0), ("minmax-frozen", -0.5), ("lsq-1", 0.0), ("dorefa-1", 0.0)]
+
+
+@pytest.mark.parametrize(("method", "low"), QUANTIZERS)
+def test_thresholds_turn_where_the_quantizer_does(method: str, low: float):
+    made = quantizer(method, low)
+    assert planes.serves(made)
+    found = planes.thresholds(made).astype(np.float32)
+    zero = made.encode(torch.zeros(()))
+    assert len(found) == zero.high - zero.low
+    above = np.nextafter(found, np.float32(np.inf))
+    for code, below, reached in zip(range(zero.low + 1, zero.high + 1), found, above, strict=True):
+        assert int(made.encode(torch.tensor(below)).integers) == code - 1
+        assert int(made.encode(torch.tensor(reached)).integers) == code
+
+
+def test_ties_round_to_even_as_in_training():
+    made = quantizer("lsq")
+    with torch.no_grad():
+        made.step.fill_(1.0)
+    # round(0.5) is 0, round(1.5) and round(2.5) are 2.
+    expected = [0.5, np.nextafter(np.float32(1.5), np.float32(0)), 2.5]
+    np.testing.assert_array_equal(planes.thresholds(made).astype(np.float32), np.array(expected, np.float32))
+
+
+def test_other_grids_are_no_planes():
+    for method, bits in (("lsq", 3), ("minmax", 2), ("sign", 1), ("react", 1)):
+        assert not planes.serves(build(QuantSpec(method, bits, "activation"), 8, 1))
+
+
+def looped(codes: np.ndarray, signs: np.ndarray, stride: tuple[int, int], pads: tuple[int, int]) -> np.ndarray:
+    """The convolution of codes, the code 0 around them, by explicit loops."""
+    num, _, height, width = codes.shape
+    outputs, _, rows, columns = signs.shape
+    size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), pads, (rows, columns), stride, strict=True)]
+    result = np.zeros((num, outputs, *size), np.int64)
+    for n, o, y, x in np.ndindex(result.shape):
+        for r, c in np.ndindex(rows, columns):
+            at_y, at_x = y * stride[0] + r - pads[0], x * stride[1] + c - pads[1]
+            if 0 <= at_y < height and 0 <= at_x < width:
+                result[n, o, y, x] += (codes[n, :, at_y, at_x] * signs[o, :, r, c]).sum()
+    return result
+
+
+SHAPES = [
+    # channels, outputs, size, kernel, strides, pads
+    (8, 3, (5, 7), (3, 3), (1, 1), (1, 1)),
+    (24, 8, (6, 4), (3, 3), (2, 2), (1, 1)),
+    (16, 5, (4, 4), (1, 1), (2, 1), (0, 0)),
+    (8, 4, (7, 5), (3, 1), (1, 2), (0, 1)),
+    (40, 9, (5, 6), (5, 3), (1, 1), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("method", "low"), [("lsq", 0.0), ("lsq", -1.0), ("ewgs", -1.0), ("lsq-1", 0.0)])
+def test_planes_are_exact(method: str, low: float, shape: tuple):
+    channels, outputs, size, kernel, strides, pads = shape
+    made, rng = quantizer(method, low), np.random.default_rng(0)
+    images = rng.normal(size=(2, channels, *size)).astype(np.float32)
+    edges = planes.thresholds(made).astype(np.float32)
+    images[0] = rng.choice([*edges, *np.nextafter(edges, np.float32(np.inf)), 0.0], size=images[0].shape)
+    bits = rng.integers(0, 2, (outputs, channels, *kernel))
+    x = ir.Value(name="images", shape=ir.Shape([2, channels, *size]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21})
+    builder = Builder(graph)
+    conv = ir.node("Conv", [x], {"strides": strides, "pads": [*pads, *pads]})
+    grid = WeightGrid(bits, 1, 2, -1, np.ones(1), None, "layer.weight")
+    result, products, unit = planes.convolution(builder, planes.bits(builder, x, made), conv, grid)
+    result.name = "logits"
+    result.type = x.type
+    graph.outputs.append(result)
+    session = Compiled(convert(compact(ir.Model(graph, ir_version=10), {})))
+    found = session.run({"images": images})["logits"]
+    codes = made.encode(torch.from_numpy(images)).integers.numpy().astype(np.int64)
+    np.testing.assert_array_equal(found, 2 * looped(codes, 2 * bits - 1, strides, pads))
+    assert unit == float(made.encode(torch.zeros(())).scale) / 2
+    assert len(products) == made.num_steps
+    kinds = list(session.network((2,)).get_runtime_model().get_ops())
+    binary = [op for op in kinds if op.get_rt_info()["layerType"].astype(str) == "BinaryConvolution"]
+    assert len(binary) == made.num_steps
+
+
+# Networks
+
+
+@pytest.fixture(scope="module")
+def students() -> dict[str, nn.Module]:
+    layer = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    widths = {"1/1": (1, 1, "react"), "1/2": (1, 2, "lsq"), "4/4": (4, 4, "lsq")}
+    return {name: student(layer, 16, *width) for name, width in widths.items()}
+
+
+def fill(table: Path, model: nn.Module, fastest: str, layers: tuple[str, ...] = ("layer",)) -> None:
+    """A table in which ``fastest`` is the fastest for ``layers``, and int8 for the others."""
+    network, traced, _, _ = prepare(model, images(), None)
+    times = {}
+    for name, ways in candidates(traced, network).items():
+        for shape in ways.shapes:
+            first = fastest if name in layers else "int8"
+            times[shape] = {kind: 1.0 if kind == first else 2.0 for kind in ways.kinds}
+    kernels.store(table, HERE, times)
+
+
+ENDS = {"xnor": "_u1", "planes": "_u1", "int8": "_I8", "float": "_f32"}
+
+
+@pytest.mark.parametrize(
+    ("widths", "kind"),
+    [
+        *[("1/1", "xnor"), ("1/1", "int8"), ("1/1", "float")],
+        *[("1/2", "planes"), ("1/2", "int8"), ("1/2", "float")],
+        *[("4/4", "int8"), ("4/4", "float")],
+    ],
+)
+def test_the_fastest_kernel_is_the_one_that_runs(widths, kind, students, table: Path, tmp_path: Path):
+    model = students[widths]
+    fill(table, model, kind)
+    made = export(model, tmp_path / "s.xml", example=images(), normalisation=None, engine="openvino")
+    row = layer_row(made)
+    assert row.kernel.endswith(ENDS[kind])
+    assert row.kernel.startswith("3 x ") == (kind == "planes")
+    assert row.choice.startswith(f"measured: {kind} 1.000 ms, ")
+    assert row.reason == (FASTER if kind == "float" else "")
+    assert [other.reason for other in made.layers if other.name != "layer"] == ["", ""]
+    assert min(code.equal for code in made.codes) == 1.0
+    assert made.equal_predictions == 1.0
+    # The proof builds the file again, from what it says of its kernels and not from a table that may have changed.
+    table.unlink()
+    assert prove(model, made.path, example=images(), normalisation=None).codes[:-1] == made.codes[:-1]
+
+
+def test_linear_layers_in_float(students, table: Path, tmp_path: Path):
+    fill(table, students["4/4"], "float", ("head", "stem"))
+    made = export(students["4/4"], tmp_path / "s.onnx", example=images(), normalisation=None, engine="openvino")
+    assert {row.name: row.reason for row in made.layers} == {"stem": FASTER, "layer": "", "head": FASTER}
+    assert not any(row.kernel.endswith("_I8") for row in made.layers if row.name != "layer")
+
+
+def test_without_the_table_of_this_machine_the_rule_holds(students, table: Path, tmp_path: Path):
+    def exported(name: str, how: str = "table") -> bytes:
+        made = export(
+            students["1/2"], tmp_path / name, example=images(), normalisation=None, engine="openvino", kernels=how
+        )
+        assert {row.choice for row in made.layers} == {"default: not measured"}
+        assert all(row.kernel.endswith("_I8") for row in made.layers)
+        return made.path.read_bytes()
+
+    plain = exported("a.onnx")
+    fill(table, students["1/2"], "planes")
+    content = table.read_text()
+    table.write_text(content.replace(HERE, HERE.replace("threads 1", "threads 64")))
+    assert exported("b.onnx") == plain
+    table.write_text(content)
+    assert exported("c.onnx", "default") == plain
+    table.write_text("damaged")
+    with pytest.warns(UserWarning, match="kernels are chosen as if nothing was measured"):
+        assert exported("d.onnx") == plain
+
+
+def test_planes_are_for_files_that_have_words_for_them(students, table: Path, tmp_path: Path):
+    fill(table, students["1/2"], "planes")
+    made = export(students["1/2"], tmp_path / "s.onnx", example=images(), normalisation=None, engine="openvino")
+    assert layer_row(made).choice == "measured: int8 2.000 ms, float 2.000 ms"
+
+
+def test_candidates_are_what_gives_the_same_codes():
+    def layer(inputs: int, outputs: int, weights: str, activations: str, **options: int) -> QuantConv2d:
+        specs = [text.split("-") for text in (weights, activations)]
+        weight, activation = (
+            QuantSpec(method, int(bits), role)
+            for (method, bits), role in zip(specs, ("weight", "activation"), strict=True)
+        )
+        return QuantConv2d.from_float(nn.Conv2d(inputs, outputs, 3, padding=1, **options), weight, activation)
+
+    network = nn.Sequential(
+        layer(16, 16, "lsq-1", "lsq-2"),
+        layer(16, 16, "lsq-1", "lsq-3"),
+        layer(16, 16, "lsq-2", "lsq-2"),
+        layer(16, 16, "dorefa-8", "lsq-8"),
+        layer(16, 9, "bireal-1", "bireal-1"),
+        layer(9, 16, "lsq-1", "lsq-2"),
+        layer(16, 16, "lsq-1", "ewgs-2", groups=2),
+        layer(16, 16, "dorefa-1", "minmax-2"),
+        layer(16, 16, "ewgs-1", "ewgs-2", padding_mode="reflect"),
+    )
+    x = torch.rand(2, 16, 8, 8)
+    fb.calibrate(network, [x])
+    prepared, traced, _, _ = prepare(network.eval(), x, None)
+    assert [ways.kinds for ways in candidates(traced, prepared).values()] == [
+        ("planes", "int8", "float"),
+        ("int8", "float"),
+        ("int8", "float"),
+        ("float",),
+        ("xnor", "int8", "float"),
+        ("int8", "float"),
+        ("int8", "float"),
+        ("float",),
+        ("int8", "float"),
+    ]
+
+
+def test_measured_times_are_kept_and_chosen_by(students, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choosing, "REPEATS", 3)
+    model = students["1/2"]
+    arguments = {"example": images(), "normalisation": None, "engine": "openvino"}
+    made = export(model, tmp_path / "s.xml", kernels="measure", **arguments)
+    times = kernels.read(table, HERE)
+    assert sorted(map(sorted, times.values())) == [["float", "int8"], ["float", "int8"], ["float", "int8", "planes"]]
+    assert all(ms > 0 for row in times.values() for ms in row.values())
+    again = export(model, tmp_path / "t.xml", **arguments)
+    assert again.layers == made.layers
+    assert all(row.choice.startswith("measured: ") for row in made.layers)
+
+
+def test_arguments(students, tmp_path: Path):
+    arguments = {"example": images(), "normalisation": None, "engine": "openvino"}
+    with pytest.raises(ValueError, match="kernels must be one of table, measure, default, got 'fastest'"):
+        export(students["4/4"], tmp_path / "s.onnx", kernels="fastest", **arguments)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        export(students["4/4"], tmp_path / "s.onnx", threads=0, **arguments)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        measure_kernels(students["4/4"], example=images(), normalisation=None, repeats=0)
+    with pytest.raises(ValueError, match="no layer has a choice of kernels"):
+        measure_kernels(students["4/4"], example=images(), normalisation=None, engine="onnxruntime")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_asks_for_an_impossible_kernel_is_refused(students, table: Path, tmp_path: Path):
+    fill(table, students["4/4"], "float")
+    made = export(students["4/4"], tmp_path / "s.xml", example=images(), normalisation=None, engine="openvino")
+    text = made.path.read_text()
+    assert "float&quot;" in text
+    made.path.write_text(text.replace("float&quot;", "planes&quot;"))
+    with pytest.raises(ValueError, match="'layer' has the kernel 'planes', and here it can have int8, float"):
+        prove(students["4/4"], made.path, example=images(), normalisation=None)
+
+
+def test_bench_measures_and_export_explains(students, table: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    class Data:
+        def pixels(self, count: int) -> torch.Tensor:
+            return images()[:count]
+
+    students["1/2"].fewbits_normalisation = None
+    monkeypatch.setattr(command, "load_run", lambda run: (students["1/2"], None))
+    monkeypatch.setattr(command, "run_data", lambda run, root: Data())
+    rows = command.measure(Path("run"), [1, 2], 3, None)
+    assert {row["threads"] for row in rows} == {1, 2}
+    assert len(kernels.read(table, kernels.machine("openvino", 2))) == 3
+    assert "planes" in capsys.readouterr().out
+    layer = {"kernel": "k", "choice": "measured: a"}
+    said = command.explained([layer | {"name": "x"}, layer | {"name": "y"}, {"name": "z", "kernel": "k", "choice": ""}])
+    assert said == ["x, y: k; measured: a"]
