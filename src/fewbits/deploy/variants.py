@@ -71,7 +71,12 @@ def variant_of(path: Path) -> tuple[str, str]:
     """The engine that a file was written for, and its form.
 
     Raises:
-        ImportError, ValueError: see ``engine_of``.
+        ImportError: see ``engine_of``.
+        ValueError: see ``engine_of``; or the form is unknown here.
     """
     name = engine_of(path)
-    return name, ENGINES[name].metadata(path).get(VARIANT, PACKED)
+    variant = ENGINES[name].metadata(path).get(VARIANT, PACKED)
+    if variant not in VARIANTS[name]:
+        known = ", ".join(VARIANTS[name])
+        raise ValueError(f"{path.name} is of the variant {variant!r}, which this version does not know: {known}")
+    return name, variant
