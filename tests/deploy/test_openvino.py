@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fewbits as fb
 from fewbits.deploy import Exported, LayerRow, ParityError, accuracy, bench, export
+from fewbits.deploy.openvino_runtime import Compiled
 
 pytest.importorskip("openvino")
 
@@ -213,3 +214,15 @@ def test_files_of_others_are_named(tmp_path: Path):
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match=r"exported files end in \.onnx or \.xml"):
         bench({"student": tmp_path / "x.txt"}, images(), batch_sizes=[1], repeats=1)
+
+
+def test_slim_text_is_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = student(nn.Conv2d(16, 16, 3, padding=1, bias=False), 16, 1, 1, "bireal")
+    (tmp_path / "slim").mkdir()
+    slim = ship(model, tmp_path / "slim")
+    monkeypatch.setattr("fewbits.deploy.openvino_runtime.slim", lambda xml: xml)
+    whole = ship(model, tmp_path)
+    assert slim.size_bytes < 0.8 * whole.size_bytes
+    x = images()[:3].numpy()
+    results = [Compiled(found.path).run({"images": x})["logits"] for found in (slim, whole)]
+    np.testing.assert_array_equal(*results)
