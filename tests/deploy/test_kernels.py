@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import fewbits as fb
 from fewbits.commands import kernels as command
+from fewbits.commands.ship import default_name
 from fewbits.deploy import choosing, export, kernels, layer_times, measure_kernels, prove
 from fewbits.deploy.candidates import Candidates, candidates
 from fewbits.deploy.export import prepare
@@ -67,6 +69,15 @@ def test_without_times_planes_are_never_chosen():
 
 
 # The table
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(kernels, "version", absent)
+    with pytest.raises(ImportError, match=r'openvino, which is not installed; pip install "fewbits\[openvino\]"'):
+        kernels.machine("openvino", 1)
 
 
 def test_times_are_kept_by_machine_and_shape(table: Path):
@@ -183,7 +194,16 @@ def test_without_the_table_of_this_machine_the_rule_holds(students, table: Path,
 
 
 def test_planes_are_for_files_that_have_words_for_them(students, table: Path, tmp_path: Path):
+    assert not kernels.planes_win("openvino", 1)
+    fill(table, students["1/2"], "int8")
+    assert not kernels.planes_win("openvino", 1)
     fill(table, students["1/2"], "planes")
+    assert kernels.planes_win("openvino", 1)
+    assert not kernels.planes_win("openvino", 2)
+    plan = fb.Plan(1, 2)
+    assert default_name("openvino", plan) == "student-openvino.onnx"
+    assert default_name("openvino", plan, has_planes=True) == "student-openvino.xml"
+    assert default_name("openvino", fb.Plan(2, 2), has_planes=True) == "student-openvino.onnx"
     made = export(students["1/2"], tmp_path / "s.onnx", example=images(), normalisation=None, engine="openvino")
     assert layer_row(made).choice == "measured: int8 2.000 ms, float 2.000 ms"
 

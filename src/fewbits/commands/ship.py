@@ -42,7 +42,8 @@ class Export:
             with a list of what it would not take, and int4, weights of 2 to 4 bits as ONNX's own types.
         output: the file; by default student.onnx in the run folder, student-qdq.onnx or student-int4.onnx for variants,
             for openvino student-openvino.onnx, which it reads as well, or student-openvino.xml with a .bin beside it
-            for one-bit weights with activations of one or two bits, whose XNOR kernels ONNX has no words for.
+            for layers on XNOR kernels, which ONNX has no words for: of binary networks, and with one-bit weights and
+            activations of two bits where they are the fastest by measured times.
         minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
             hardly learned, whose classes are a hair apart.
         freeze_ranges: fix the ranges that DTQ's min-max finds anew in every batch, so that integers can be used:
@@ -75,15 +76,20 @@ def export(config: Export) -> dict[str, Any]:
     """
     from ..deploy import accuracy as engine_accuracy
     from ..deploy import export as export_student
-    from ..deploy import freeze_ranges
+    from ..deploy import freeze_ranges, measure_kernels
+    from ..deploy.kernels import planes_win
 
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
     if config.freeze_ranges:
         student = freeze_ranges(student, _training_images(config.run, data, normalisation))
-    name = default_name(config.engine, plan_of(student), config.variant, config.kernels)
+    images, threads, kernels = data.pixels(PARITY_IMAGES), config.threads or os.cpu_count() or 1, config.kernels
+    if kernels == "measure" and config.engine == "openvino":
+        measure_kernels(student, example=images[:1], normalisation=normalisation, engine=config.engine, threads=threads)
+        kernels = "table"
+    has_planes = kernels == "table" and config.engine == "openvino" and planes_win(config.engine, threads)
+    name = default_name(config.engine, plan_of(student), config.variant, has_planes=has_planes)
     path = config.output or config.run / name
-    images = data.pixels(PARITY_IMAGES)
     exported = export_student(
         student,
         path,
@@ -92,8 +98,8 @@ def export(config: Export) -> dict[str, Any]:
         engine=config.engine,
         variant=config.variant,
         minimum_equal=config.minimum_equal,
-        kernels=config.kernels,
-        threads=config.threads or os.cpu_count() or 1,
+        kernels=kernels,
+        threads=threads,
     )
     report: dict[str, Any] = json.loads(json.dumps(asdict(exported), default=str))
     report |= {
@@ -112,13 +118,13 @@ def export(config: Export) -> dict[str, Any]:
     return report
 
 
-def default_name(engine: str, plan: Plan | None, variant: str = PACKED, kernels: str = "table") -> str:
+def default_name(engine: str, plan: Plan | None, variant: str = PACKED, *, has_planes: bool = False) -> str:
     """Of a run's file for an engine: ``.xml`` where a layer may run on the XNOR kernel, for ONNX has no word for it."""
     if variant != PACKED:
         return f"student-{variant}.onnx"
     if engine == DEFAULT_ENGINE:
         return "student.onnx"
-    is_binary = plan is not None and plan.weights == 1 and plan.activations <= (1 if kernels == "default" else 2)
+    is_binary = plan is not None and plan.weights == 1 and plan.activations <= (2 if has_planes else 1)
     return f"student-{engine}.xml" if is_binary else f"student-{engine}.onnx"
 
 

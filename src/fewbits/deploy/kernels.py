@@ -15,11 +15,12 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..data import cache_dir
+from .sessions import missing
 
 Kind = Literal["xnor", "int8", "float", "planes"]
 """XNOR convolution of one-bit weights and signs; integers of eight bits; float; XNOR convolutions of few levels."""
@@ -91,8 +92,15 @@ def table_path() -> Path:
 
 
 def machine(engine: str, threads: int) -> str:
-    """What measured times are true of: processor, engine with its version, threads."""
-    return f"{processor()}, {engine} {version(engine)}, threads {threads}"
+    """What measured times are true of: processor, engine with its version, threads.
+
+    Raises:
+        ImportError: the engine is not installed.
+    """
+    try:
+        return f"{processor()}, {engine} {version(engine)}, threads {threads}"
+    except PackageNotFoundError as error:
+        raise missing(error, engine if engine == "openvino" else "onnx") from error
 
 
 def processor() -> str:
@@ -117,6 +125,12 @@ def read(path: Path, where: str) -> dict[str, dict[Kind, float]]:
             stacklevel=2,
         )
         return {}
+
+
+def planes_win(engine: str, threads: int) -> bool:
+    """Whether planes are the fastest of any layer that was measured on this machine."""
+    times = read(table_path(), machine(engine, threads))
+    return any(choose(list(row), [shape], times).kind == "planes" for shape, row in times.items() if row)
 
 
 def store(path: Path, where: str, times: Times) -> None:
