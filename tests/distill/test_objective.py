@@ -388,7 +388,7 @@ def test_a_user_s_own_loop_over_phases():
 
 @pytest.mark.filterwarnings(FUNCTION_OBJECTS)
 @pytest.mark.filterwarnings("ignore:no quantized layer reads what 3 give:UserWarning")  # FTL: a ReLU, then pooling
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"blockwise"}))  # it needs residual blocks: test_blockwise.py
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"blockwise", "best"}))  # they need residual blocks
 def test_every_phase_is_one_compiled_graph(name: str):
     """The same losses and gradients as without the compiler."""
     teacher, recipe = network(), make(name)

@@ -11,6 +11,7 @@ from typing import Any
 from ..checks import check_arguments
 from ..names import unknown_name
 from .base import Frozen, NoTeacher, OneStage, Recipe, Schedule, Stage, TeacherPolicy
+from .best import Best
 from .blockwise import BinaryBlocks, BlockWise
 from .dtq import DTQ
 from .ftl import FTL
@@ -37,6 +38,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "l2-sp": L2SP,
     "delta": DELTA,
     "blockwise": BlockWise,
+    "best": Best,
 }
 
 
@@ -77,6 +79,7 @@ __all__ = [
     "L2SP",
     "QFD",
     "RECIPES",
+    "Best",
     "BinaryBlocks",
     "BlockWise",
     "Features",
