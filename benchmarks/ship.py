@@ -167,7 +167,14 @@ def static_int8(source: Path, path: Path, images: Tensor) -> Path:
 
     prepared = path.with_suffix(".prepared.onnx")
     quantization.quant_pre_process(str(source), str(prepared))
-    quantization.quantize_static(str(prepared), str(path), Reader(), per_channel=True)
+    quantization.quantize_static(
+        str(prepared),
+        str(path),
+        Reader(),
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
     prepared.unlink()
     return path
 
@@ -188,7 +195,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     described: dict[str, dict[str, Any]] = json.loads((FILES / name / "files.json").read_text())
     files = {label: Path(entry["path"]) for label, entry in described.items()}
     images = images_of(NETWORKS[name])
-    rows = bench(files, images, batch_sizes=[1], repeats=repeats, threads=1, memory=True)
+    rows = bench(files, images, batch_sizes=[1], repeats=repeats, threads=1)
     print(name, {row.name: round(row.ratio, 2) for row in rows}, flush=True)
     return {
         row.name: asdict(row) | {k: v for k, v in described[row.name].items() if k != "path"} | {"bytes": size_of(file)}
