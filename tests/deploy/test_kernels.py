@@ -16,8 +16,8 @@ from fewbits.commands import kernels as command
 from fewbits.commands.ship import default_name
 from fewbits.deploy import choosing, export, kernels, layer_times, measure_kernels, prove
 from fewbits.deploy.candidates import Candidates, candidates
-from fewbits.deploy.export import prepare
 from fewbits.deploy.kernels import FASTER, PREFERENCE, Choice, choose
+from fewbits.deploy.prepare import prepare
 from fewbits.layers import QuantConv2d
 from fewbits.quantizers import QuantSpec
 

@@ -97,10 +97,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     zero = quantizer.encode(torch.zeros(()))
     zero_point, scale = -zero.low, zero.scale.float().numpy()
     lowest, highest = 0, zero.high - zero.low
-    step, lower_end = scale, 0.0
-    if isinstance(quantizer, EWGSActivation):
-        lower_end = float(quantizer.lower.detach())
-        step = (positive(quantizer.upper - quantizer.lower) / quantizer.num_steps).detach().numpy()
+    step, lower_end = steps_of(quantizer)
     views: list[ir.Node] = []
     while (node := producer(x, "Relu", "Clip", "MaxPool", *_VIEWS)) is not None and only_reader_of(x):
         if node.op_type in ("MaxPool", *_VIEWS):
@@ -139,6 +136,14 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
             cut = Cut(name, call, codes_value, zero_point, _sizes(node.outputs[0]))
     grid = Grid(float(scale), zero_point, lowest, highest)
     return dequantize(builder, codes_value, builder.constant(scale, np.float32), grid), cut
+
+
+def steps_of(quantizer: Quantizer) -> tuple[float, float]:
+    """What ``x`` is divided by to be rounded, and what is taken from it first: not the decoded scale in EWGS alone."""
+    if isinstance(quantizer, EWGSActivation):
+        step = positive(quantizer.upper - quantizer.lower) / quantizer.num_steps
+        return float(step.detach()), float(quantizer.lower.detach())
+    return float(quantizer.encode(torch.zeros(())).scale), 0.0
 
 
 def only_reader_of(value: ir.Value) -> bool:

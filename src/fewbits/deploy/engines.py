@@ -25,6 +25,9 @@ ENGINE = "engine"
 """Key in a file's metadata: who it was built for."""
 
 
+UNFUSED = "the engine does not fuse it, though its weights, input and output would allow it"
+
+
 class Session(Protocol):
     """A network that an engine has loaded."""
 
@@ -71,6 +74,9 @@ class Engine(Protocol):
 
     def is_integer(self, kernel: str) -> bool:
         """Whether a kernel multiplies integers or bits."""
+
+    def unfused(self, built: Built, kernels: Mapping[str, str]) -> dict[str, str]:
+        """Why the engine runs layers in float which as they were built could be integer kernels."""
 
     def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
         """What each operator of a file takes, the most expensive first."""
@@ -144,6 +150,10 @@ class OnnxRuntime:
         from .sessions import INTEGER_KERNELS
 
         return kernel in INTEGER_KERNELS
+
+    def unfused(self, built: Built, kernels: Mapping[str, str]) -> dict[str, str]:
+        """All that have no integer kernel."""
+        return {layer: UNFUSED for layer, kernel in kernels.items() if not self.is_integer(kernel)}
 
     def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
         """See ``costs.of_onnxruntime``."""
@@ -219,6 +229,10 @@ class OpenVINO:
     def is_integer(self, kernel: str) -> bool:
         """Kernels end in the precision that they work in."""
         return all(part.endswith(("_i8", "_u8", "_u1")) for part in kernel.lower().split(" + "))
+
+    def unfused(self, built: Built, kernels: Mapping[str, str]) -> dict[str, str]:
+        """All that have no integer kernel."""
+        return {layer: UNFUSED for layer, kernel in kernels.items() if not self.is_integer(kernel)}
 
     def costs(self, path: Path, feeds: Mapping[str, Array], *, threads: int, repeats: int) -> list[Cost]:
         """See ``costs.of_openvino``."""

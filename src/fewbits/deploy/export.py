@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import tempfile
@@ -12,24 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .. import checks
 from ..convert import plan_of, quantizer_keys, quantizers_of
 from ..layers import QuantLayer
-from ..quantizers import Quantizer
 from .choosing import Source
 from .choosing import choices as choose_kernels
 from .engines import Engine
 from .kernels import Choice
+from .prepare import prepare
 from .result import Exported, LayerRow
-from .sessions import missing
 from .variants import PACKED, VARIANTS
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from . import fold, markers, parity
     from .graph import Normalisation
 
@@ -119,7 +114,7 @@ def export(
             built = chosen.build(traced, network, metadata | {CARE: written_care(care)}, care)
             found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         parity.check(found, minimum_equal, len(images))
-    rows: tuple[LayerRow, ...] = _layers(network, built, chosen, variant, choices)
+    rows: tuple[LayerRow, ...] = _layers(network, built, chosen, choices)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         files = chosen.write(built, Path(folder) / target.name)
         size = sum(file.stat().st_size for file in files)
@@ -144,26 +139,6 @@ def export(
     )
 
 
-def prepare(
-    student: nn.Module, example: Tensor, normalisation: Normalisation | Literal["trained"] | None
-) -> tuple[nn.Module, ir.Model, Tensor, Normalisation | None]:
-    """A copy of ``student`` that is ready, its traced graph, the images and the normalisation; see ``export``."""
-    if normalisation == "trained":
-        normalisation = _trained_with(student)
-    images = _check_images(example, normalisation)
-    _check_numbers(student)
-    _check_calibrated(student)
-    try:
-        from . import graph, onnx  # noqa: F401
-    except ImportError as error:
-        raise missing(error) from error
-
-    network = copy.deepcopy(student).cpu().float().eval()
-    with torch.no_grad():
-        _check_forward(network, graph.normalise(images[:1], normalisation), images)
-    return network, graph.trace(network, images, normalisation), images, normalisation
-
-
 def written_care(care: Mapping[str, fold.Care]) -> str:
     """For a file's metadata: whoever builds the file again needs it."""
     return json.dumps({name: int(level) for name, level in care.items()}, sort_keys=True)
@@ -174,61 +149,6 @@ def read_care(metadata: Mapping[str, str]) -> dict[str, fold.Care]:
     from .fold import Care
 
     return {name: Care(level) for name, level in json.loads(metadata.get(CARE, "{}")).items()}
-
-
-def _trained_with(student: nn.Module) -> Normalisation | None:
-    """The normalisation that ``fit`` left with the student; a network from another loop has none and has to say."""
-    if "fewbits_normalisation" not in student.__dict__:
-        raise ValueError(
-            "normalisation is not known, for student was not trained by fit; pass the mean and std of its pixels, or "
-            "None if it takes pixels in 0..1 as they are"
-        )
-    known: Normalisation | None = student.__dict__["fewbits_normalisation"]
-    return known
-
-
-def _check_images(example: Tensor, normalisation: Normalisation | None) -> Tensor:
-    if example.ndim != 4 or len(example) == 0:
-        raise ValueError(f"example must be a batch of images, N x C x H x W, got {tuple(example.shape)}")
-    images = example.detach().cpu()
-    if images.dtype == torch.uint8 or not images.is_floating_point():
-        raise ValueError(f"example must be float images in 0..1, got {images.dtype}; divide by 255")
-    images = images.float().contiguous()
-    # Comparisons with NaN are false, so that it is refused here as well.
-    if not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError(
-            f"example must be images in 0..1, got values from {float(images.min()):.4g} to {float(images.max()):.4g}; "
-            "pass them as they are before normalisation, and the normalisation beside them"
-        )
-    if normalisation is not None and len(normalisation.mean) != images.shape[1]:
-        raise ValueError(
-            f"normalisation must have one mean and std for each of the {images.shape[1]} channels of example, got "
-            f"{len(normalisation.mean)}"
-        )
-    return images
-
-
-def _check_numbers(student: nn.Module) -> None:
-    bad = [n for n, t in student.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if bad:
-        raise ValueError(f"student holds NaN or infinite numbers in {', '.join(bad[:5])}; it cannot be exported")
-
-
-def _check_calibrated(student: nn.Module) -> None:
-    never = [
-        n for n, m in student.named_modules() if isinstance(m, Quantizer) and m.needs_data and not bool(m.calibrated)
-    ]
-    if never:
-        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
-
-
-def _check_forward(network: nn.Module, normalised: Tensor, images: Tensor) -> None:
-    try:
-        network(normalised)
-    except Exception as error:  # whatever a layer says about a shape that it does not take
-        raise ValueError(
-            f"example has shape {tuple(images.shape)}, which student does not take: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _metadata(student: nn.Module, class_names: Sequence[str]) -> dict[str, str]:
@@ -265,22 +185,17 @@ def _more_care(
 
 
 def _layers(
-    network: nn.Module, built: markers.Built, engine: Engine, variant: str, choices: Mapping[str, Choice]
+    network: nn.Module, built: markers.Built, engine: Engine, choices: Mapping[str, Choice]
 ) -> tuple[LayerRow, ...]:
-    from .placement import of_layer
-
     rows, dynamic, kernels = [], _dynamic(network), engine.kernels(built)
+    unfused = engine.unfused(built, kernels)
     for site in built.sites:
         layer = network.get_submodule(site.layer)
         assert isinstance(layer, QuantLayer)
-        kernel = kernels[site.layer]
         reason = DYNAMIC if f"{site.layer}.input_quantizer" in dynamic else site.reason
-        if not reason and variant == "qdq":
-            reason = of_layer(built, site.layer)
-        elif not reason and not engine.is_integer(kernel):
-            reason = "the engine does not fuse it, though its weights, input and output would allow it"
+        reason = reason or unfused.get(site.layer, "")
         choice = choices[site.layer].why if site.layer in choices else ""
-        rows.append(LayerRow(site.layer, *_bits(layer), kernel, reason, site.note, choice))
+        rows.append(LayerRow(site.layer, *_bits(layer), kernels[site.layer], reason, site.note, choice))
     return tuple(rows)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from . import kernels
 from .choosing import REPEATS
 from .engines import ENGINES
-from .export import prepare
 from .kernels import Kind
+from .prepare import prepare
 
 if TYPE_CHECKING:
     from .graph import Normalisation

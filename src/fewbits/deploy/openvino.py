@@ -22,11 +22,9 @@ import torch
 from torch import nn
 
 from ..quantizers import Quantizer
-from ..quantizers.ewgs import EWGSActivation
 from ..quantizers.minmax import MinMax
-from ..quantizers.rounding import positive
 from . import kernels, markers, planes, xnor
-from .activations import GRID, SIGNS, Bits, Cut, Grid, dynamic_range
+from .activations import GRID, SIGNS, Bits, Cut, Grid, dynamic_range, steps_of
 from .builder import Builder, array_of, producer, replace
 from .candidates import candidates, layer_of
 from .fold import Site, behind
@@ -128,10 +126,7 @@ def _activation(
         return value, Cut(name, call, value, None)
     zero = quantizer.encode(torch.zeros(()))
     scale, lowest, highest = float(zero.scale), zero.low, zero.high
-    step, shift = scale, 0.0
-    if isinstance(quantizer, EWGSActivation):
-        shift = float(quantizer.lower.detach())
-        step = float((positive(quantizer.upper - quantizer.lower) / quantizer.num_steps).detach())
+    step, shift = steps_of(quantizer)
     is_added = lowest < 0 and any(use.node.op_type == "Add" for use in mark.outputs[0].uses())
     if is_added or not all(_is_requantized(v, quantizers) for v in _averages(mark.outputs[0])):
         codes = _codes(builder, x, step, shift, lowest, highest)

@@ -52,10 +52,11 @@ def misplaced(built: Built) -> tuple[Misplaced, ...]:
     )
 
 
-def of_layer(built: Built, layer: str) -> str:
-    """Why a layer is no int8 kernel: what is wrong with it or with its input's quantizer; empty if nothing is."""
-    names = (layer, f"{layer}.input_quantizer")
-    return next((row.reason for row in misplaced(built) if row.name in names), "")
+def by_layer(built: Built) -> dict[str, str]:
+    """Why layers are no int8 kernels: the first thing wrong with each, or with its input's quantizer."""
+    found = {row.name: row.reason for row in reversed(misplaced(built))}
+    own = {site.layer: found.get(site.layer) or found.get(f"{site.layer}.input_quantizer", "") for site in built.sites}
+    return {layer: reason for layer, reason in own.items() if reason}
 
 
 @dataclass

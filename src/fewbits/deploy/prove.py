@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from .export import prepare, read_care
+from .export import read_care
+from .prepare import prepare
 from .result import CodeRow
 from .variants import VARIANTS, variant_of
 

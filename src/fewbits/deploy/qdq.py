@@ -21,11 +21,9 @@ import onnx_ir as ir
 import torch
 
 from ..quantizers import Quantizer
-from ..quantizers.ewgs import EWGSActivation
 from ..quantizers.minmax import MinMax
-from ..quantizers.rounding import positive
 from . import activations
-from .activations import SIGNS, Cut
+from .activations import SIGNS, Cut, steps_of
 from .builder import Builder, array_of, only_reader, producer, replace
 from .fold import Site, float_grid
 from .onnx import global_pools
@@ -109,11 +107,7 @@ def _signs(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call:
 
 def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: int) -> tuple[ir.Value, Cut]:
     zero = quantizer.encode(torch.zeros(()))
-    scale = step = zero.scale.float().numpy()
-    lower_end = 0.0
-    if isinstance(quantizer, EWGSActivation):
-        lower_end = float(quantizer.lower.detach())
-        step = (positive(quantizer.upper - quantizer.lower) / quantizer.num_steps).detach().numpy()
+    step, lower_end = steps_of(quantizer)
     lowest, highest = zero.low, zero.high
     while (node := producer(x, "Relu", "Clip")) is not None and activations.only_reader_of(x):
         bounds = activations.bounds_of(node)
@@ -127,7 +121,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     zero_point = 0 if is_signed else -zero.low
     if lower_end != 0.0:
         x = builder.node("Sub", x, builder.constant(lower_end, np.float32))
-    ends = [builder.constant(end * float(step), np.float32) for end in (lowest, highest)]
+    ends = [builder.constant(end * step, np.float32) for end in (lowest, highest)]
     if is_signed and (lowest, highest) == (0, 127):
         x = builder.node("Relu", x)
     elif highest - lowest < 255:
@@ -136,7 +130,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
         # QuantizeLinear saturates where this grid ends. But of two pairs in a row ONNX Runtime makes one, on another
         # grid, and it sees through a Relu and a Clip that change nothing.
         x = builder.node("Max", x, ends[0])
-    return _pair(builder, x, float(step), float(scale), zero_point, is_signed, name, call)
+    return _pair(builder, x, step, float(zero.scale), zero_point, is_signed, name, call)
 
 
 def _pair(

@@ -42,9 +42,16 @@ class PlainQDQ(OnnxRuntime):
 
     def kernels(self, built: Built) -> dict[str, str]:
         """Read from the graph, for ONNX Runtime's kernels say nothing about TensorRT's."""
-        from .placement import of_layer
+        from .placement import by_layer
 
-        return {site.layer: "float" if of_layer(built, site.layer) else BY_PLACEMENT for site in built.sites}
+        wrong = by_layer(built)
+        return {site.layer: "float" if site.layer in wrong else BY_PLACEMENT for site in built.sites}
+
+    def unfused(self, built: Built, kernels: Mapping[str, str]) -> dict[str, str]:
+        """The rules that they break."""
+        from .placement import by_layer
+
+        return by_layer(built)
 
     def is_integer(self, kernel: str) -> bool:
         """By placement."""
