@@ -103,6 +103,8 @@ def train(config: Train) -> Result:
     if PartialState().is_main_process:
         best = f"accuracy {100 * result.accuracy:.2f} %, best {100 * result.best_accuracy:.2f} %"
         Console(soft_wrap=True).print(f"{best}; the run is in {result.folder}", highlight=False, markup=False)
+    # gloo's threads, alive while the interpreter shuts down, can abort a process whose work is all done.
+    PartialState().destroy_process_group()
     return result
 
 
