@@ -11,7 +11,7 @@ from training_worker import part_of_digits, same_run, stopped_at, train
 
 from fewbits.recipes import make
 from fewbits.training import Settings, read_json, read_metrics
-from fewbits.training import loop as loop_module
+from fewbits.training import step as step_module
 from fewbits.training.folder import RunFolder, as_data
 
 
@@ -45,7 +45,7 @@ def test_a_run_without_a_first_step_leaves_its_folder_free(where: str, tmp_path:
         raise RuntimeError("before the first step")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, where, fail)
+        patch.setattr(step_module, where, fail)
         with pytest.raises(RuntimeError, match="before the first step"):
             train("plain", tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ from fewbits.data import Dataset, TensorSplit
 from fewbits.data.split import plan_batches
 from fewbits.training import TrainingError, read_metrics
 from fewbits.training import loop as loop_module
+from fewbits.training import step as step_module
 from fewbits.training.guard import StepGuard, has_diverged
 
 
@@ -66,7 +67,7 @@ def test_one_step_with_nan_leaves_no_trace(optimizer: str, accumulate: int, monk
 
 def test_an_infinite_gradient_is_skipped_too(monkeypatch: pytest.MonkeyPatch):
     spy = Spy(monkeypatch)
-    original = loop_module.backward
+    original = step_module.backward
 
     def backward(accelerator: Any, model: nn.Module, *batch: Any) -> Any:
         given = original(accelerator, model, *batch)
@@ -74,7 +75,7 @@ def test_an_infinite_gradient_is_skipped_too(monkeypatch: pytest.MonkeyPatch):
             next(p for p in model.parameters() if p.grad is not None).grad.flatten()[0] = torch.inf
         return given
 
-    monkeypatch.setattr(loop_module, "backward", backward)
+    monkeypatch.setattr(step_module, "backward", backward)
     result = train("plain", epochs=1, ema=0.9)
     assert result.skipped_steps == 1
     assert all(torch.equal(spy.states[1][name], value) for name, value in spy.states[2].items())

@@ -18,21 +18,20 @@ from ..distill import Networks, Objective
 from ..distill.share import gradient_shares
 from ..precision import is_fully_quantized, set_precision
 from ..recipes import Recipe
-from .bounds import bound_steps
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .display import Display
 from .ema import MovingAverage
 from .evaluate import accuracy_over_processes, reestimate_batch_norm
 from .feed import Feed
 from .folder import RunFolder
-from .guard import StepGuard, has_diverged
+from .guard import has_diverged
 from .position import Position, read_position
 from .records import Records
 from .resume import resume_training, resumed_objective, take_checkpoint
 from .schedules import lr_factor, phase_steps, spread_steps
 from .settings import Settings
-from .setup import make_accelerator, make_optimizer, prepare, steps_per_epoch
-from .step import backward, clip_gradients, seed_step
+from .setup import make_accelerator, steps_per_epoch
+from .step import Stepper, seed_step
 
 LOG_EVERY = 50
 """Most steps between records of the loss; a short epoch has four."""
@@ -158,46 +157,36 @@ class Loop:
     def _train_phase(self, objective: Objective, checkpoint: Checkpoint | None) -> None:
         settings, position, phase = self.settings, self.position, objective.phase
         num_steps = self.phase_steps[position.phase]
-        optimizer = make_optimizer(objective, settings)
-        bound_steps(optimizer, objective)
-        guard = StepGuard(objective.networks, settings.max_bad_steps, position.bad_in_a_row, position.skipped)
+        stepper = Stepper(objective, settings, self.accelerator, position.bad_in_a_row, position.skipped)
         if settings.ema is not None and position.phase == len(self.phases) - 1:
             self.ema = MovingAverage(objective.networks.student, settings.ema)
         if checkpoint is not None:
-            resume_training(checkpoint, optimizer, self.ema)
-        peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        model = prepare(objective, settings, self.accelerator)
+            resume_training(checkpoint, stepper.optimizer, self.ema)
         batches = self.feed.training(position.total_step)
         ticks = time.monotonic()
         while position.step < num_steps:
             factor = lr_factor(position.step, num_steps, settings)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
             objective.set_progress(position.step / num_steps, position.total_step)
             seed_step(settings.seed, position.total_step, self.accelerator.process_index)
-            guard.remember()
             images, labels = next(batches)
             shares = self._shares(objective, images, labels)
-            losses = backward(self.accelerator, model, images, labels, settings.accumulate)
-            norm = clip_gradients(self.accelerator, objective, settings.clip_grad)
             epoch = position.total_step // self.steps_per_epoch
-            if guard.accept(losses["loss"], norm, f"epoch {epoch}, step {position.total_step}"):
-                optimizer.step()
+            losses, taken = stepper(images, labels, factor, f"epoch {epoch}, step {position.total_step}")
+            if taken:
                 position.saw(float(losses["loss"]))
                 if self.ema is not None:
                     self.ema.update(objective.networks.student)
             else:
                 self._display.say(f"step {position.total_step} skipped: its loss or gradient is not finite")
-            optimizer.zero_grad()
             position.step += 1
             position.total_step += 1
-            position.bad_in_a_row, position.skipped = guard.in_a_row, guard.skipped
+            position.bad_in_a_row, position.skipped = stepper.guard.in_a_row, stepper.guard.skipped
             now = time.monotonic()
             self._display.step(phase.name, float(losses["loss"]), settings.batch_size / max(now - ticks, 1e-9))
             ticks = now
             if shares:
                 self._records.write("shares", phase.name, **shares)
-            self._after_step(objective, optimizer, losses, factor)
+            self._after_step(objective, stepper.optimizer, losses, factor)
             ticks += time.monotonic() - now
 
     def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One optimizer step's gradients, and the numbers that its dropout draws."""
+"""One optimizer step of a phase: its gradients, whether they may be taken, and the numbers that its dropout draws."""
 
 from __future__ import annotations
 
@@ -11,6 +11,63 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..distill import Losses, Objective
+from .bounds import bound_steps
+from .guard import StepGuard
+from .settings import Settings
+from .setup import make_optimizer, prepare
+
+
+class Stepper:
+    """Everything that a phase's steps share: the objective as it runs, the optimizer, the guard.
+
+    Args:
+        objective: of the phase.
+        settings: rate, optimizer, micro-batches, clipping.
+        accelerator: precision and processes.
+        in_a_row, skipped: bad steps just now and in all, of the sitting before.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: Settings,
+        accelerator: Accelerator,
+        in_a_row: int = 0,
+        skipped: int = 0,
+    ) -> None:
+        self.optimizer = make_optimizer(objective, settings)
+        self.guard = StepGuard(objective.networks, settings.max_bad_steps, in_a_row, skipped)
+        bound_steps(self.optimizer, objective)
+        self._objective, self._settings, self._accelerator = objective, settings, accelerator
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._model = prepare(objective, settings, accelerator)
+
+    def __call__(self, images: Tensor, labels: Tensor, lr_factor: float, where: str) -> tuple[dict[str, Tensor], bool]:
+        """Take one step, unless its loss or gradient is not finite.
+
+        Args:
+            images: of this process, N x C x H x W.
+            labels: N.
+            lr_factor: the schedule's, on every group's rate.
+            where: epoch and step, for messages.
+
+        Returns:
+            The losses, see ``backward``; and whether the step was taken.
+
+        Raises:
+            TrainingError: too many bad steps in a row.
+        """
+        settings, optimizer = self._settings, self.optimizer
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * lr_factor
+        self.guard.remember()
+        losses = backward(self._accelerator, self._model, images, labels, settings.accumulate)
+        norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
+        taken = self.guard.accept(losses["loss"], norm, where)
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad()
+        return losses, taken
 
 
 def backward(
