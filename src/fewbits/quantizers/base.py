@@ -147,11 +147,17 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x`` (any shape; computed and returned in float32), or pass it on while the gate is closed."""
         x = x.float()
-        # Reading the gate costs nothing on a CPU and saves the other branch; elsewhere it would wait for the device,
-        # and in a compiled graph it would be baked in.
-        if self.enabled.device.type == "cpu" and not torch.compiler.is_compiling() and bool(self.enabled):
+        if self._reads_buffers() and bool(self.enabled):
             return self.fake_quantize(x)
         return torch.where(self.enabled, self.fake_quantize(x), self.bypass(x))
+
+    def _reads_buffers(self) -> bool:
+        """Whether the value of a buffer may decide what is computed.
+
+        On a CPU it costs nothing to read, and saves work; elsewhere it would wait for the device, and in a compiled
+        graph it would be baked in.
+        """
+        return self.enabled.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @abstractmethod
     def fake_quantize(self, x: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .base import Codes, Quantizer, QuantSpec
 from .rounding import Bound, positive, scaled_sign, sign_ste, to_codes
 from .start import best_affine, best_step, sample
+from .tiles import Elementwise, Out, in_tiles, indicator
 
 
 class _LearnedStep(torch.autograd.Function):
-    """One pass forward; backward recomputes the codes from ``x`` instead of storing them."""
+    """One pass forward; backward recomputes the codes from ``x`` instead of storing them, in one pass as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float) -> Tensor:
@@ -21,21 +22,35 @@ class _LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(x, step, *bounds)
         ctx.bounds = None if bounds else (low, high)
         ctx.gradient_scale = gradient_scale
-        return to_codes(x, step, low, high).mul_(step)
+        (y,) = _elementwise(step, lambda v, out: (to_codes(v, step, low, high, out=out).mul_(step),), 1, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, step, *bounds = ctx.saved_tensors
         low, high = bounds or ctx.bounds
-        scaled = x / step
-        clipped = scaled.clamp(low, high)
-        inside = scaled == clipped
-        grad = grads[0]
-        # Inside the range the clipped value is the value itself; outside, round() leaves the whole bound alone:
-        # so round(clipped) - scaled * inside is round(v/s) - v/s, -Q_N or +Q_P.
-        slope = clipped.round() - torch.where(inside, scaled, 0.0)
-        grad_step = (grad * slope).sum_to_size(step.shape) * ctx.gradient_scale
-        return grad * inside, grad_step, None, None, None
+        grad_x, share = _elementwise(step, lambda *of: _gradients(step, low, high, *of), 2, x, grads[0])
+        return grad_x, share.sum_to_size(step.shape) * ctx.gradient_scale, None, None, None
+
+
+def _gradients(
+    step: Tensor, low: Bound, high: Bound, x: Tensor, grad: Tensor, out_x: Out, out_share: Out
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``x``, and what each element adds to the step's before the gradient scale."""
+    scaled = x / step
+    clipped = scaled.clamp(low, high)  # type: ignore[arg-type]
+    inside = indicator(torch.eq, scaled, clipped)
+    # Inside the range the clipped value is the value itself; outside, round() leaves the whole bound alone:
+    # so round(clipped) - clipped * inside is round(v/s) - v/s, -Q_N or +Q_P.
+    slope = clipped.round().sub_(clipped.mul_(inside))
+    return torch.mul(grad, inside, out=out_x), torch.mul(grad, slope, out=out_share)
+
+
+def _elementwise(step: Tensor, function: Elementwise, num_results: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """In tiles, where one step serves all elements."""
+    if step.ndim:
+        return function(*tensors, *[None] * num_results)
+    return in_tiles(function, num_results, *tensors)
 
 
 def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float = 1.0) -> Tensor:
@@ -141,7 +156,7 @@ class LSQActivation(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the class."""
         features = x.numel() // x.shape[0] if x.ndim > 1 else x.numel()
-        low = -self.zero_point
+        low: Bound = -int(self.zero_point) if self._reads_buffers() else -self.zero_point
         return lsq(x, positive(self.step), low, low + self.num_steps, (features * self.num_steps) ** -0.5)
 
     def _encode(self, x: Tensor) -> Codes:

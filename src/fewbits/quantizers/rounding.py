@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tiles import Out, in_tiles, indicator
+
 Bound = int | Tensor
 """A clipping bound on codes: a whole number, or a tensor of whole numbers that broadcasts."""
 
@@ -19,7 +21,7 @@ SMALLEST_STEP = 1e-8
 """Steps, ranges and scales never fall below this."""
 
 
-def to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+def to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound, *, out: Out = None) -> Tensor:
     """Return the codes of ``x`` as whole numbers in floating point: ``clip(round(x / step), low, high)``.
 
     Args:
@@ -27,6 +29,7 @@ def to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
         step: positive, broadcasts against ``x``.
         low: smallest code.
         high: largest code.
+        out: where they go.
 
     Returns:
         The codes, of the shape of ``x``.
@@ -34,7 +37,7 @@ def to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     >>> to_codes(torch.tensor([-1.0, 0.5, 1.5, 9.0]), torch.tensor(1.0), 0, 3).tolist()
     [0.0, 0.0, 2.0, 3.0]
     """
-    codes = (x / step).round_()
+    codes = torch.div(x, step, out=out).round_()
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return codes.clamp_(torch.as_tensor(low, device=x.device), torch.as_tensor(high, device=x.device))
     return codes.clamp_(low, high)
@@ -95,17 +98,24 @@ class _SignClipped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, clip: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.clip = clip
-        return _sign(x)
+        (signs,) = in_tiles(lambda v, out: (_sign(v, out),), 1, x)
+        return signs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return grads[0] * (x.abs() <= ctx.clip), None
+        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, _within(v, ctx.clip), out=out),), 1, x, grads[0])
+        return grad, None
 
 
-def _sign(x: Tensor) -> Tensor:
+def _sign(x: Tensor, out: Out = None) -> Tensor:
     """+1 where ``x >= 0``, -1 elsewhere: sign(0) is +1, or a network behind a ReLU would be ternary."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return indicator(torch.ge, x, 0, out).mul_(2).sub_(1)
+
+
+def _within(x: Tensor, clip: float) -> Tensor:
+    """1 where ``abs(x) <= clip``, else 0."""
+    return indicator(torch.le, x.abs(), clip)
 
 
 def sign_ste(x: Tensor, clip: float = 1.0) -> Tensor:
@@ -133,12 +143,12 @@ class _ScaledSign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, clip: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.clip, ctx.scale_shape = clip, scale.shape
-        return _sign(x) * scale
+        return _sign(x).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (x,) = ctx.saved_tensors
-        return grads[0] * (x.abs() <= ctx.clip), (grads[0] * _sign(x)).sum_to_size(ctx.scale_shape), None
+        return grads[0] * _within(x, ctx.clip), (grads[0] * _sign(x)).sum_to_size(ctx.scale_shape), None
 
 
 def scaled_sign(x: Tensor, scale: Tensor, clip: float = 1.0) -> Tensor:
@@ -162,16 +172,23 @@ def scaled_sign(x: Tensor, scale: Tensor, clip: float = 1.0) -> Tensor:
     return values
 
 
+def _tent(x: Tensor) -> Tensor:
+    """``2 - 2 abs(x)`` down to 0."""
+    return (2.0 - 2.0 * x.abs()).clamp_(min=0.0)
+
+
 class _SignPolynomial(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _sign(x)
+        (signs,) = in_tiles(lambda v, out: (_sign(v, out),), 1, x)
+        return signs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grads[0] * (2.0 - 2.0 * x.abs()).clamp(min=0.0)
+        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, _tent(v), out=out),), 1, x, grads[0])
+        return grad
 
 
 def sign_polynomial(x: Tensor) -> Tensor:
