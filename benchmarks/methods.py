@@ -139,17 +139,17 @@ def base(output: Path, epochs: float, lr: float) -> Compare:
     )
 
 
-def train_float() -> None:
+def train_float(model: str = "resnet20", folder: Path = FLOAT) -> None:
     """The trials' start and teacher, from 45,000 images."""
-    if not (FLOAT / STUDENT).exists():
+    if not (folder / STUDENT).exists():
         rates = Settings(epochs=FLOAT_EPOCHS, lr=0.1, weight_decay=5e-4, compile=True, tensorboard=False)
         train(
             Train(
-                "resnet20",
+                model,
                 "cifar10",
                 recipe="float",
                 hold_out=HELD_OUT,
-                output=FLOAT,
+                output=folder,
                 resume=True,
                 progress=False,
                 settings=rates,
