@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.convert import quantize
-from fewbits.distill import Objective
+from fewbits.distill import CrossEntropy, LogitDistance, Objective
+from fewbits.distill.weight_terms import HeadDecay, SourceDistance
 from fewbits.quantizers import Quantizer
-from fewbits.recipes import FTL, Joint, JointTeacher, Plain
+from fewbits.recipes import DELTA, DTQ, FTL, L2SP, QFD, Joint, JointTeacher, Plain
+from fewbits.recipes.dtq import AttentiveAlignment, SourceClasses
+from fewbits.recipes.transfer_rivals import FixedAlignment
 
 from .zhuang import CLASSES, batch, network
 
@@ -175,6 +178,40 @@ def test_any_recipe_with_a_teacher_that_learns():
     alone = begun(FTL().with_options(teacher=JointTeacher(mirror=False)))
     assert len(alone(*batch()).terms) == 3
     assert (Plain() + Joint()).teacher == JointTeacher()
+
+
+def test_only_terms_with_another_side_are_mirrored():
+    """Found: the teacher learned L2-SP's and DTQ's terms as well, with the student as its source."""
+    one_sided = (HeadDecay(), SourceDistance(), FixedAlignment(), AttentiveAlignment(), SourceClasses())
+    terms = JointTeacher().terms((CrossEntropy(), LogitDistance(), *one_sided))
+    assert [type(term) for term in terms] == [CrossEntropy, LogitDistance]
+    assert all(term.teaches == "teacher" for term in terms)
+
+
+def test_l2_sp_holds_to_the_source_while_the_teacher_learns():
+    teacher = network()
+    student = quantize(teacher, 2, 2, residual=None)
+    made = (L2SP(0.5) + Joint()).objective(student, teacher, batches=[batch()])
+    assert [name for name in made(*batch()).terms if "source" in name or "decay" in name] == [
+        "source_distance",
+        "head_decay",
+    ]
+    optimizer = torch.optim.SGD(made.param_groups(0.1))
+    made(*batch()).total.backward()
+    optimizer.step()
+    assert not torch.equal(made.networks.network("teacher").get_parameter("conv.weight"), teacher.conv.weight)
+    body = [(n, p) for n, p in teacher.named_parameters() if not n.startswith("head.")]
+    wanted = 0.5 * sum(float((student.get_parameter(n) - p).detach().square().sum()) for n, p in body)
+    assert float(made(*batch()).terms["source_distance"]) == pytest.approx(wanted, rel=1e-5)
+    assert wanted > 0
+
+
+@pytest.mark.parametrize("source", [DELTA(), DTQ()])
+@pytest.mark.parametrize("trains", [Joint(), QFD()])
+def test_what_compares_with_the_source_network_refuses_a_teacher_that_learns(source: Any, trains: Any):
+    with pytest.raises(ValueError, match=r"the teacher has to stay as it is, but \w+ trains it; add a recipe that"):
+        source + trains
+    assert (source + Joint(train_teacher=False)).name == f"{source.name}+joint"
 
 
 def test_other_numbers_of_stages():

@@ -29,6 +29,7 @@ class Networks(nn.Module):
         teacher: the float network that teaches it, if any.
         example: a few images, N x C x H x W, normalised; they give helpers their shapes.
         anatomies: where the parts of a network are, for those whose names do not tell.
+        source: the teacher as it came, where ``teacher`` is a copy that a phase changes.
     """
 
     example: Tensor
@@ -39,6 +40,7 @@ class Networks(nn.Module):
         teacher: nn.Module | None,
         example: Tensor,
         anatomies: Mapping[NetworkName, Anatomy] | None = None,
+        source: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -49,6 +51,7 @@ class Networks(nn.Module):
         """Phases begun so far; their edits are in place."""
         self.holders: list[Any] = []
         """The objective at work, in a list: a module would become a part. The next one closes it."""
+        self._source = (source,)  # in a tuple: it is the caller's, and no part of a run's state
         self._anatomies = dict(anatomies or {})
         for name, anatomy in self._anatomies.items():
             _check_parts(self.network(name), name, anatomy)
@@ -66,6 +69,11 @@ class Networks(nn.Module):
                 "this recipe needs a teacher; pass teacher=..., the float network that the student came from"
             )
         return self.teacher
+
+    @property
+    def source(self) -> nn.Module:
+        """The teacher as it came, whatever phases have made of it since."""
+        return self._source[0] or self.network("teacher")
 
     def anatomy(self, name: NetworkName) -> Anatomy:
         """Where the parts of a network are: as the user said, else read off the network."""
@@ -126,6 +134,12 @@ class Term(Checked):
 
     sets_weight_decay: ClassVar[bool] = False
     """Whether the term draws weights somewhere itself, in place of the run's weight decay."""
+
+    mirrors: ClassVar[bool] = True
+    """Whether the term has another side, which a teacher that is trained along learns: both networks exchanged."""
+
+    fixes_teacher: ClassVar[bool] = False
+    """Whether the teacher has to stay the network that came: the term compares with what that computes."""
 
     keeps_source_classes: ClassVar[bool] = False
     """Whether the teacher has to keep its own label space, which may be another one than the data's."""

@@ -40,6 +40,7 @@ class HeadDecay(Term):
 
     name: ClassVar[str] = "head_decay"
     sets_weight_decay: ClassVar[bool] = True
+    mirrors: ClassVar[bool] = False
 
     def helper(self, networks: Networks) -> nn.Module:
         """The weight and the bias of the head."""
@@ -56,13 +57,15 @@ class HeadDecay(Term):
 class SourceDistance(Term):
     """0.5 sum ||w - w_source||^2 over everything but the classifier: L2-SP (Li et al., ICML 2018, arXiv 1802.01483).
 
-    Latent weights, biases and batch norms of the student are compared with the teacher's of the same name.
+    Latent weights, biases and batch norms of the student are compared with the teacher's of the same name: of the
+    teacher as it came, also where it is trained.
     """
 
     weight: NonNegative = 0.01
 
     name: ClassVar[str] = "source_distance"
     sets_weight_decay: ClassVar[bool] = True
+    mirrors: ClassVar[bool] = False
 
     def helper(self, networks: Networks) -> nn.Module:
         """Pairs of a student's and the teacher's weight.
@@ -70,7 +73,7 @@ class SourceDistance(Term):
         Raises:
             ValueError: a weight of the student's body has no counterpart of its name and shape.
         """
-        source = dict(networks.network("teacher").named_parameters())
+        source = dict(networks.source.named_parameters())
         heads = tuple(f"{networks.anatomy(name).head}." for name in ("student", "teacher"))
         own = {name: weight for name, weight in source.items() if not name.startswith(heads)}
         student = dict(networks.student.named_parameters())

@@ -121,6 +121,17 @@ class Recipe(Checked):
     edits: tuple[Edit, ...] = ()
     quantized: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fixing = [term.name for term in self.terms if term.fixes_teacher]
+        if fixing and (self.teacher.phases() or self.teacher.groups()):
+            raise ValueError(
+                f"recipe {self.name!r} does not work: {' and '.join(fixing)} hold the student to what the source "
+                "network computes, so the teacher has to stay as it is, but "
+                f"{type(self.teacher).__name__} trains it; add a recipe that leaves it frozen, or take l2-sp, which "
+                "remembers the source's weights"
+            )
+
     def phases(self) -> tuple[Phase, ...]:
         """What the teacher policy needs first, then the schedule's stages with what is left of the budget."""
         before = self.teacher.phases()
@@ -259,17 +270,16 @@ class Recipe(Checked):
             raise ValueError("teacher and student are the same object; quantize() returns a copy to train")
         if not self.teacher.needs_teacher:
             teacher = None
+        device = next(student.parameters()).device
+        source = teacher = None if teacher is None else teacher.to(device)
         if teacher is not None and any(phase.edits or phase.trains != (Group("student"),) for phase in self.phases()):
             teacher = copy.deepcopy(teacher)
             if not any(parameter.requires_grad for parameter in teacher.parameters()):
                 # Many people freeze a teacher by hand; the phases decide about this copy.
                 teacher.requires_grad_(True)
-        device = next(student.parameters()).device
-        if teacher is not None:
-            teacher = teacher.to(device)
         if isinstance(anatomy, Anatomy):
             anatomy = {"student": anatomy} if teacher is None else {"student": anatomy, "teacher": anatomy}
-        return Networks(student, teacher, example.to(device), anatomy)
+        return Networks(student, teacher, example.to(device), anatomy, source)
 
     def with_options(self, **options: Any) -> Recipe:
         """The same recipe with other fields."""

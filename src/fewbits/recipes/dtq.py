@@ -140,6 +140,8 @@ class AttentiveAlignment(Term):
     attention: bool = True
 
     name: ClassVar[str] = "alignment"
+    mirrors: ClassVar[bool] = False
+    fixes_teacher: ClassVar[bool] = True
 
     def taps(self, networks: Networks) -> tuple[Tap, ...]:
         """See ``alignment_taps``."""
@@ -177,6 +179,8 @@ class SourceClasses(Term):
     temperature: Positive = 30.0
 
     name: ClassVar[str] = "source_classes"
+    mirrors: ClassVar[bool] = False
+    fixes_teacher: ClassVar[bool] = True
     keeps_source_classes: ClassVar[bool] = True
 
     def logits(self) -> tuple[NetworkName, ...]:

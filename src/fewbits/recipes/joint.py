@@ -34,7 +34,8 @@ class JointTeacher(TeacherPolicy):
     Args:
         lr: factor on the run's learning rate (the paper: 0.001 against the student's 0.005).
         labels: weight of the teacher's cross-entropy, a1.
-        mirror: whether the student's other terms teach the teacher as well; False leaves it the labels alone.
+        mirror: whether the student's other terms, those that have another side, teach the teacher as well; False
+            leaves it the labels alone.
     """
 
     lr: NonNegative = 0.2
@@ -47,7 +48,8 @@ class JointTeacher(TeacherPolicy):
 
     def terms(self, student: tuple[Term, ...]) -> tuple[Term, ...]:
         """Cross-entropy, and the student's terms the other way round: in each, the student is the constant."""
-        mirrored = (replace(t, teaches="teacher") for t in student if self.mirror and not isinstance(t, CrossEntropy))
+        two_sided = (t for t in student if t.mirrors and not isinstance(t, CrossEntropy))
+        mirrored = (replace(t, teaches="teacher") for t in two_sided if self.mirror)
         return (CrossEntropy(self.labels, teaches="teacher"), *mirrored)
 
 

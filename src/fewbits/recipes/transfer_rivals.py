@@ -55,6 +55,8 @@ class FixedAlignment(Term):
     modules: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "delta"
+    mirrors: ClassVar[bool] = False
+    fixes_teacher: ClassVar[bool] = True
 
     def taps(self, networks: Networks) -> tuple[Tap, ...]:
         """See ``alignment_taps``."""
