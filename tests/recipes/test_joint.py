@@ -169,6 +169,14 @@ def test_hint():
     assert [t.name for t in Joint(feature="none").terms] == ["cross_entropy", "logits"]
 
 
+def test_each_feature_term_has_its_own_default_weight():
+    """Found: the hint, a mean squared error, took the attention maps' 50."""
+    assert [Joint(feature=kind).terms[-1].weight for kind in ("attention", "hint")] == [50.0, 0.1]
+    assert [Joint(feature=kind, gamma=5).terms[-1].weight for kind in ("attention", "hint")] == [5, 5]
+    assert Joint(gamma=0).terms[-1].weight == 0
+    assert Joint() == Joint(gamma=50)
+
+
 def test_any_recipe_with_a_teacher_that_learns():
     recipe = FTL().with_options(teacher=JointTeacher(lr=0.1))
     made = begun(recipe)

@@ -132,7 +132,7 @@ class Hint(QuantizedMaps):
 def Joint(
     labels: NonNegative = 0.5,
     beta: NonNegative = 0.5,
-    gamma: NonNegative = 50.0,
+    gamma: NonNegative | None = None,
     feature: Literal["attention", "hint", "none"] = "attention",
     bits: Bits | Literal[32] | None = None,
     grid: Grid = "data",
@@ -147,7 +147,7 @@ def Joint(
     Args:
         labels: weight of the student's cross-entropy, a2.
         beta: of the KL, in both directions.
-        gamma: of the feature term; for ``feature="hint"`` the paper's first version has 0.1.
+        gamma: of the feature term; None is the papers' own, 50 for attention maps (v3) and 0.1 for the hint (v1).
         feature: what is compared at the last stages: attention maps (TPAMI), the feature itself (CVPR), or nothing.
         bits: of the teacher's feature, see ``QuantizedMaps``; 32 leaves it continuous.
         grid: of the teacher's feature, ``"data"`` or ``"unit"``.
@@ -160,10 +160,11 @@ def Joint(
     Raises:
         TypeError, ValueError: an argument of another type, out of range or unknown.
     """
-    maps: dict[str, tuple[Term, ...]] = {
-        "attention": (AttentionTransfer(gamma, stages=stages, bits=bits, grid=grid, form=form),),
-        "hint": (Hint(gamma, stages=stages, bits=bits, grid=grid),),
+    maps: dict[str, tuple[QuantizedMaps, ...]] = {
+        "attention": (AttentionTransfer(stages=stages, bits=bits, grid=grid, form=form),),
+        "hint": (Hint(stages=stages, bits=bits, grid=grid),),
         "none": (),
     }
-    terms = (CrossEntropy(labels), LogitDistance(beta, temperature=temperature), *maps[feature])
+    chosen = (term if gamma is None else replace(term, weight=gamma) for term in maps[feature])
+    terms = (CrossEntropy(labels), LogitDistance(beta, temperature=temperature), *chosen)
     return Recipe("joint", terms, JointTeacher(teacher_lr) if train_teacher else Frozen())
