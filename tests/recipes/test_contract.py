@@ -16,7 +16,20 @@ from fewbits.anatomy import Anatomy
 from fewbits.convert import quantize
 from fewbits.distill import CrossEntropy, Group, Objective, Phase
 from fewbits.models.resnet_cifar import BasicBlock
-from fewbits.recipes import QFD, RECIPES, Features, Float, Logits, NoTeacher, Plain, Recipe, make
+from fewbits.recipes import (
+    FTL,
+    QFD,
+    RECIPES,
+    Features,
+    Float,
+    Joint,
+    JointTeacher,
+    Logits,
+    NoTeacher,
+    Plain,
+    Recipe,
+    make,
+)
 from fewbits.training.folder import as_data
 
 
@@ -219,6 +232,14 @@ def test_teachers_that_do_not_fit():
         with pytest.raises(ValueError, match=r"different logits: \(3,\) and \(5,\)"):
             recipe.objective(quantize(network()), teacher, batches=[batch()])
     Features().objective(quantize(network()), teacher, batches=[batch()])  # features of equal width fit
+
+
+@pytest.mark.parametrize("recipe", [QFD(), Joint(feature="none", beta=0), FTL().with_options(teacher=JointTeacher())])
+def test_a_teacher_of_other_classes_does_not_learn_the_students_labels(recipe: Recipe):
+    """Found: QFD fine-tuned a teacher of 5 classes on labels of 3, in silence."""
+    said = "has 5 outputs and the student 3; pass a teacher for these classes, or use dtq, l2-sp or delta"
+    with pytest.raises(ValueError, match=said):
+        recipe.objective(quantize(network()), network(classes=5), batches=[batch()])
 
 
 def test_names_and_options():

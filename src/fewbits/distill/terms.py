@@ -90,7 +90,7 @@ def fitted_grids(networks: Networks, taps: Sequence[Tap], method: str, bits: int
 
 @dataclass(frozen=True)
 class CrossEntropy(Term):
-    """Cross-entropy with the true labels."""
+    """Cross-entropy with the true labels, which are the student's classes."""
 
     label_smoothing: UnitInterval = 0.0
 
@@ -100,9 +100,29 @@ class CrossEntropy(Term):
         """Of the network that is taught."""
         return (self.teaches,)
 
+    def helper(self, networks: Networks) -> None:
+        """None.
+
+        Raises:
+            ValueError: a teacher is taught the data's labels, but its classes are others than the student's.
+        """
+        if self.teaches == "teacher":
+            student, teacher = _num_outputs(networks, "student"), _num_outputs(networks, "teacher")
+            if student and teacher and student != teacher:
+                raise ValueError(
+                    f"the teacher would be trained with the student's labels, but has {teacher} outputs and the "
+                    f"student {student}; pass a teacher for these classes, or use dtq, l2-sp or delta, which transfer "
+                    "from other classes"
+                )
+
     def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
         """See ``cross_entropy``."""
         return cross_entropy(step.logits[self.teaches], step.targets, self.label_smoothing)
+
+
+def _num_outputs(networks: Networks, name: NetworkName) -> int | None:
+    weight = getattr(networks.network(name).get_submodule(networks.anatomy(name).head), "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else None  # a head of several layers does not tell
 
 
 @dataclass(frozen=True)
