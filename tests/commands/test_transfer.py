@@ -115,10 +115,21 @@ def test_exports_dynamic_and_frozen(moved, capsys):
     assert run("export", moved, "--freeze-ranges", "--minimum-equal", 0.5) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "minmax-frozen" in printed
-    frozen = json.loads((moved / "export.json").read_text())
+    frozen = json.loads((moved / "export-frozen.json").read_text())
     assert frozen["dynamic"] == []
     assert frozen["frozen_ranges"]
     assert [row["name"] for row in frozen["layers"] if row["reason"]] == []
+    # Another method under another name: the dynamic file and its report are still there, and both can be checked.
+    assert json.loads((moved / "export.json").read_text()) == dynamic
+    for name in ("student.onnx", "student-frozen.onnx"):
+        assert run("parity", moved, moved / name, "--images", 20) == 0
+        assert f"{name} in onnxruntime" in " ".join(capsys.readouterr().out.split())
+    assert run("parity", moved, "--images", 20, "--data", f"folder:{moved.parent / 'five'}") == 0
+    assert run("parity", moved, "--data", "digits") == 1
+    assert "data 'digits' has 1 channels, the run's network takes 3" in " ".join(capsys.readouterr().err.split())
+    assert run("bench", moved, "--batch-sizes", 1, "--repeats", 2, "--layers", 0) == 0
+    printed = capsys.readouterr().out
+    assert "student, frozen" in printed
 
 
 def test_a_weights_file_keeps_its_classes_as_teacher(place, capsys):

@@ -22,7 +22,7 @@ from ..training import read_json
 from ..training.folder import RUN
 from .kernels import measure
 from .machine import machine
-from .runs import load_run, run_data
+from .runs import load_run, onnx_files, run_data
 from .ship import Export, export
 
 ALL = 0
@@ -72,18 +72,17 @@ def bench(config: Bench) -> list[dict[str, Any]]:
     threads = list(dict.fromkeys(number or cores for number in config.threads))
     if config.kernels:
         return measure(config.run, threads, config.repeats, config.data_root)
-    path = config.run / "student.onnx"
-    if not path.exists():
+    if not onnx_files(config.run)[0].exists():
         export(Export(config.run, data_root=config.data_root))
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
     images = data.pixels(max(config.batch_sizes))
-    students = {"student": path}
+    students = {file.stem.replace("-", ", "): file for file in onnx_files(config.run)}
     # The run folder's own file stays the only one of its kind there: the float network is measured from elsewhere.
     with tempfile.TemporaryDirectory() as elsewhere:
         float_path = Path(elsewhere) / "float.onnx"
         export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
-        files = {"float": float_path, "student": path}
+        files = {"float": float_path, **students}
         other = _for_openvino(config.run, student)
         if other is not None:
             float_other = Path(elsewhere) / "float.xml"

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
-from .runs import load_run, run_data
+from .runs import is_frozen, load_run, onnx_files, other_data, run_data, with_frozen_ranges
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,16 @@ class Parity:
 
     Args:
         run: a finished run folder.
-        file: what was exported from it; by default student.onnx in the folder.
+        file: what was exported from it; by default student.onnx in the folder, or else student-frozen.onnx.
         images: how many test images.
+        data: where they come from, as fewbits train takes it, at the run's image size; by default the run's own data.
         data_root: the folder that holds the data sets.
     """
 
     run: Path
-    file: Path | None = None
+    file: Positional[Path | None] = None
     images: int = 256
+    data: str | None = None
     data_root: Path | None = None
 
 
@@ -44,8 +47,11 @@ def parity(config: Parity) -> Any:
     if config.images < 1:
         raise ValueError(f"images must be at least 1, got {config.images}")
     student, normalisation = load_run(config.run)
-    images = run_data(config.run, config.data_root).pixels(config.images)
-    file = config.file or config.run / "student.onnx"
+    data = run_data(config.run, config.data_root)
+    images = (other_data(config.run, config.data, config.data_root) if config.data else data).pixels(config.images)
+    file = config.file or onnx_files(config.run)[0]
+    if is_frozen(config.run, file):
+        student = with_frozen_ranges(student, config.run, data, normalisation)
     found = prove(student, file, example=images, normalisation=normalisation)
     table = Table("place", "bits", "equal codes, %", "largest, steps", title=f"{file.name} in {found.engine}")
     for row in found.codes:

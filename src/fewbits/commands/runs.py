@@ -17,6 +17,9 @@ from ..training.folder import RUN, STUDENT
 NEEDED = {"data": {"name", "classes", "channels", "image_size"}, "normalisation": {"mean", "std"}}
 """Entries of ``run.json`` that a run is rebuilt from."""
 
+RANGE_BATCHES = 8
+"""Training batches whose ranges are averaged when dynamic ranges are frozen."""
+
 
 def load_run(folder: Path) -> tuple[nn.Module, Normalisation]:
     """The trained student of a finished run, in eval mode, and the normalisation of its input.
@@ -61,6 +64,46 @@ def run_data(folder: Path, root: Path | None = None) -> Dataset:
     # A run that was tuned on held-out images is measured on them: nothing else touches the real test split.
     data = data.hold_out(run["hold_out"], seed=0) if run.get("hold_out") else data
     return data.per_class(run["per_class"], seed=run["settings"]["seed"]) if run.get("per_class") else data
+
+
+def other_data(folder: Path, name: str, root: Path | None = None) -> Dataset:
+    """Another data set at the run's image size.
+
+    Raises:
+        ValueError: its images have other channels than the run's.
+    """
+    run = read_json(folder / RUN)
+    data = datasets.load(name, root, False, run["data"]["image_size"])
+    if data.channels != run["data"]["channels"]:
+        raise ValueError(
+            f"data {name!r} has {data.channels} channels, the run's network takes {run['data']['channels']}; "
+            "name a data set like the run's, or leave --data out"
+        )
+    return data
+
+
+def with_frozen_ranges(student: nn.Module, folder: Path, data: Dataset, normalisation: Normalisation) -> nn.Module:
+    """The student with the ranges that ``fewbits export --freeze-ranges`` gives it, every time the same.
+
+    They come from a few of the run's training batches, of its batch size: dynamic ranges depend on that.
+    """
+    from ..deploy import freeze_ranges
+
+    size = min(read_json(folder / RUN)["settings"]["batch_size"], data.train.num_samples)
+    batches = data.train.batches(batch_size=size, normalisation=normalisation, shuffle=True, drop_last=True)
+    return freeze_ranges(student, (images for _, (images, _labels) in zip(range(RANGE_BATCHES), batches, strict=False)))
+
+
+def is_frozen(folder: Path, file: Path) -> bool:
+    """Whether ``fewbits export --freeze-ranges`` wrote ``file``, by the reports in the run folder."""
+    reports = (read_json(path) for path in sorted(folder.glob("export*.json")))
+    return any(report.get("file") == file.name and report.get("frozen_ranges") for report in reports)
+
+
+def onnx_files(folder: Path) -> list[Path]:
+    """The run's files for ONNX Runtime, the one with frozen ranges last; student.onnx where none was exported."""
+    files = [folder / "student.onnx", folder / "student-frozen.onnx"]
+    return [file for file in files if file.exists()] or files[:1]
 
 
 def run_result(folder: Path) -> dict[str, Any]:

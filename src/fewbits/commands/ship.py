@@ -16,19 +16,15 @@ from torch import Tensor
 
 from ..convert import Plan, plan_of
 from ..data import Dataset, Normalisation
-from ..training import accuracy, read_json
-from ..training.folder import RUN
+from ..training import accuracy
 from .kernels import explained
 from .machine import machine
-from .runs import load_run, run_data
+from .runs import load_run, run_data, with_frozen_ranges
 
 DEFAULT_ENGINE, PACKED = "onnxruntime", "packed"
 
 PARITY_IMAGES = 256
 """Real test images that every export is compared on, layer by layer."""
-
-RANGE_BATCHES = 8
-"""Training batches whose ranges are averaged when dynamic ranges are frozen."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Export:
         minimum_equal: share of images that must get the same prediction as in PyTorch; lower it only for a network that
             hardly learned, whose classes are a hair apart.
         freeze_ranges: fix the ranges that DTQ's min-max finds anew in every batch, so that integers can be used:
-            another method, minmax-frozen, and its accuracy is measured as such.
+            another method, minmax-frozen, with files and a report of its own (student-frozen.onnx, export-frozen.json).
         kernels: how OpenVINO's kernel of a layer is chosen where several give the same codes: table takes the fastest
             by the times that were measured on this machine (fewbits bench RUN --kernels), measure measures them first,
             default takes XNOR for one-bit weights and signs and int8 for the rest, as table does for a layer that was
@@ -76,19 +72,21 @@ def export(config: Export) -> dict[str, Any]:
     """
     from ..deploy import accuracy as engine_accuracy
     from ..deploy import export as export_student
-    from ..deploy import freeze_ranges, measure_kernels
+    from ..deploy import measure_kernels
     from ..deploy.kernels import planes_win
 
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
     if config.freeze_ranges:
-        student = freeze_ranges(student, _training_images(config.run, data, normalisation))
+        student = with_frozen_ranges(student, config.run, data, normalisation)
     images, threads, kernels = data.pixels(PARITY_IMAGES), config.threads or os.cpu_count() or 1, config.kernels
     if kernels == "measure" and config.engine == "openvino":
         measure_kernels(student, example=images[:1], normalisation=normalisation, engine=config.engine, threads=threads)
         kernels = "table"
     has_planes = kernels == "table" and config.engine == "openvino" and planes_win(config.engine, threads)
-    name = default_name(config.engine, plan_of(student), config.variant, has_planes=has_planes)
+    name = default_name(
+        config.engine, plan_of(student), config.variant, has_planes=has_planes, frozen=config.freeze_ranges
+    )
     path = config.output or config.run / name
     exported = export_student(
         student,
@@ -113,19 +111,23 @@ def export(config: Export) -> dict[str, Any]:
     report |= {"format": 1, "num_images": PARITY_IMAGES, "machine": machine()}
     report.pop("path", None)
     kind = [part for part in (config.engine, config.variant) if part not in (DEFAULT_ENGINE, PACKED)]
+    kind += ["frozen"] * config.freeze_ranges
     (config.run / f"{'-'.join(['export', *kind])}.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     Console().print(_export_table(report), highlight=False)
     return report
 
 
-def default_name(engine: str, plan: Plan | None, variant: str = PACKED, *, has_planes: bool = False) -> str:
+def default_name(
+    engine: str, plan: Plan | None, variant: str = PACKED, *, has_planes: bool = False, frozen: bool = False
+) -> str:
     """Of a run's file for an engine: ``.xml`` where a layer may run on the XNOR kernel, for ONNX has no word for it."""
+    parts = ["student", *["frozen"] * frozen]
     if variant != PACKED:
-        return f"student-{variant}.onnx"
+        return f"{'-'.join([*parts, variant])}.onnx"
     if engine == DEFAULT_ENGINE:
-        return "student.onnx"
+        return f"{'-'.join(parts)}.onnx"
     is_binary = plan is not None and plan.weights == 1 and plan.activations <= (2 if has_planes else 1)
-    return f"student-{engine}.xml" if is_binary else f"student-{engine}.onnx"
+    return f"{'-'.join([*parts, engine])}.{'xml' if is_binary else 'onnx'}"
 
 
 def _export_table(report: dict[str, Any]) -> Table:
@@ -178,14 +180,6 @@ def _add_placement(table: Table, misplaced: Sequence[Mapping[str, str]]) -> None
         table.add_row("not as TensorRT takes it", f"{', '.join(found)}: {reason}")
     verdict = f"{len(misplaced)} places break its rules" if misplaced else "every node follows its rules"
     table.add_row("TensorRT", f"{verdict}; read from the graph, TensorRT itself was not run")
-
-
-def _training_images(folder: Path, data: Dataset, normalisation: Normalisation) -> Iterator[Tensor]:
-    """A few batches of the run's training images, of its batch size: ranges depend on it."""
-    size = min(read_json(folder / RUN)["settings"]["batch_size"], data.train.num_samples)
-    batches = data.train.batches(batch_size=size, normalisation=normalisation, shuffle=True, drop_last=True)
-    for _, (images, _labels) in zip(range(RANGE_BATCHES), batches, strict=False):
-        yield images
 
 
 def _pixels(data: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,8 +12,8 @@ from ..training import read_json, read_metrics
 from ..training.folder import METRICS, RUN
 
 EXPORT, BENCH, SUMMARY = "export.json", "bench.json", "summary.json"
-EXPORT_ELSEWHERE = "export-openvino.json"
-"""Shown where a run was exported for this engine alone."""
+EXPORTS = (EXPORT, "export-openvino.json", "export-frozen.json", "export-openvino-frozen.json")
+"""The first that there is is shown."""
 FLOAT_BITS = 32
 
 
@@ -25,7 +25,7 @@ class Run:
         name: of its folder, with as much of the path as it takes to tell the runs apart.
         made_by: ``run.json``.
         records: ``metrics.jsonl``.
-        export: ``export.json``, or else ``export-openvino.json``; empty where the run was not exported.
+        export: ``export.json``, or else the first of ``EXPORTS``; empty where the run was not exported.
         bench: rows of ``bench.json``; empty where it was not measured.
         summary: ``summary.json``; empty where there is none.
     """
@@ -135,7 +135,7 @@ def _read(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no run folder: {'not a folder' if folder.exists() else 'it does not exist'}")
     made_by = read_json(folder / RUN)
-    exported = EXPORT if (folder / EXPORT).exists() else EXPORT_ELSEWHERE
+    exported = next((name for name in EXPORTS if (folder / name).exists()), EXPORT)
     extra = {file: read_json(folder / file) if (folder / file).exists() else {} for file in (exported, BENCH, SUMMARY)}
     bench = extra[BENCH].get("rows", [])
     if not isinstance(bench, list) or not all(isinstance(row, dict) for row in bench):
