@@ -251,6 +251,20 @@ def test_names_and_options():
     assert make("float") == Float()
 
 
+def test_a_recipe_named_twice():
+    """Found: "ftl+ftl" was one ftl, in silence."""
+    with pytest.raises(ValueError, match=r"recipe 'ftl\+joint\+ftl' names 'ftl' 2 times; name it once"):
+        make("ftl+joint+ftl")
+
+
+def test_terms_that_two_recipes_share_count_once():
+    """Found: delta+l2-sp decayed the head twice."""
+    names = [term.name for term in make("delta+l2-sp").terms]
+    assert names == ["cross_entropy", "delta", "head_decay", "source_distance"]
+    apart = make("delta+l2-sp", {"delta.head_decay": 0.1}).terms
+    assert [term.weight for term in apart if term.name == "head_decay"] == [0.1, 0.01]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
@@ -324,6 +338,7 @@ def test_one_name_is_a_list_of_one():
     """Found: DTQ's taps="layer1" became a tap for each letter."""
     assert make("dtq", {"taps": "layer1"}) == make("dtq", {"taps": ["layer1"]})
     assert make("delta", {"taps": "layer1"}) == make("delta", {"taps": ["layer1"]})
+    assert make("ftl", {"stages": "layer1, layer2"}) == make("ftl", {"stages": ["layer1", "layer2"]})
 
 
 def test_what_an_objective_refuses():

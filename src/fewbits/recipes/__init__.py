@@ -52,12 +52,14 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     Raises:
         TypeError: an option of another type than its annotation says, be the recipe listed here or a user's own.
         ValueError: the name or an option is unknown, or a value out of range; what is allowed is listed. Or two recipes
-            do not combine.
+            do not combine, or one is named twice.
     """
     parts = name.split("+")
     for part in parts:
         if part not in RECIPES:
             raise ValueError(unknown_name("recipe", part, RECIPES, "several joined by '+'"))
+        if parts.count(part) > 1:
+            raise ValueError(f"recipe {name!r} names {part!r} {parts.count(part)} times; name it once, see its options")
     chosen: dict[str, dict[str, Any]] = {part: {} for part in parts}
     for option, value in (options or {}).items():
         part, _, own = option.rpartition(".") if len(parts) > 1 else (name, "", option)

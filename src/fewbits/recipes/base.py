@@ -148,7 +148,7 @@ class Recipe(Checked):
     def __add__(self, other: Annotated[Recipe, "for example FTL() + Joint()"]) -> Recipe:
         """Both at once: this recipe's terms, then the other's; the schedule and the teacher of the one that has any.
 
-        The labels count once, with this recipe's weight.
+        The labels count once, with this recipe's weight; so does any term that both have alike.
 
         Raises:
             TypeError: the other one is no recipe.
@@ -162,7 +162,7 @@ class Recipe(Checked):
             raise ValueError(f"recipes {self.name!r} and {other.name!r} do not combine: one trains a float network")
         return Recipe(
             f"{self.name}+{other.name}",
-            (*self.terms, *(term for term in other.terms if type(term) is not CrossEntropy)),
+            (*self.terms, *(t for t in other.terms if type(t) is not CrossEntropy and t not in self.terms)),
             _one_of("teacher", self, other, (NoTeacher(), Frozen())),
             _one_of("schedule", self, other, (OneStage(),)),
             (*self.edits, *(edit for edit in other.edits if edit not in self.edits)),
@@ -287,8 +287,12 @@ class Recipe(Checked):
 
 
 def names_of(modules: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Qualified names as an option gives them: one, several or none."""
-    return (modules,) if isinstance(modules, str) else tuple(modules or ())
+    """Qualified names as an option gives them: one, several (also in one text, with commas) or none.
+
+    >>> names_of("layer1,layer2"), names_of(None)
+    (('layer1', 'layer2'), ())
+    """
+    return tuple(map(str.strip, modules.split(","))) if isinstance(modules, str) else tuple(modules or ())
 
 
 def _one_of(part: str, one: Recipe, two: Recipe, plain: tuple[Any, ...]) -> Any:
