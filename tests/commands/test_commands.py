@@ -1,5 +1,6 @@
 """The commands, through the command line's own entry, on real digits: what they leave, print and refuse."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 from fewbits.cli import main
 from fewbits.commands import COMMANDS, load_run, run_data
 from fewbits.commands.train import parse_options
-from fewbits.recipes import RECIPES
+from fewbits.recipes import RECIPES, make
 
 SHORT = ["--epochs", "2", "--batch-size", "32", "--lr", "0.1", "--warmup-steps", "5", "--per-class", "60"]
 SHORT += ["--no-progress", "--no-tensorboard"]
@@ -273,6 +274,24 @@ def test_data_and_recipes_are_listed(capsys):
 
 def test_options_are_read_as_json():
     assert parse_options(["bits=4", "reduction=mean"]) == {"bits": 4, "reduction": "mean"}
+
+
+def test_options_are_read_as_recipes_prints_them():
+    """Found: of what 'fewbits recipes' prints, (8, 4), True and None were taken for text and refused."""
+    for name, function in RECIPES.items():
+        printed = [f"{p.name}={p.default}" for p in inspect.signature(function).parameters.values()]
+        assert make(name, parse_options(printed)) == make(name), name
+    assert parse_options(["bits=(8, 4)", "bits2=8,4", "taps=a.0,b"]) == {
+        "bits": (8, 4),
+        "bits2": (8, 4),
+        "taps": "a.0,b",
+    }
+
+
+def test_blockwise_at_more_than_one_bit_names_the_way_out(tmp_path, capsys):
+    """Found: the message said to use lsq, which is not what the recipe is about."""
+    assert run("train", "--model", "resnet20", "--data", "digits", "--recipe", "blockwise", "--output", tmp_path) == 1
+    assert "got --weights 4 and --activations 4; add --weights 1 --activations 1" in message(capsys)
 
 
 def test_help_names_every_command():

@@ -17,7 +17,7 @@ class Bits:
         weights: bits of weights, 1 to 8, or 32 for full precision.
         activations: bits of activations, 1 to 8, or 32.
         quantizer: lsq, dorefa, pact, ewgs, minmax, minmax-frozen, sign, xnor, bireal or react; by default lsq, sign at
-            1/1, or minmax for recipe dtq.
+            1/1, minmax for recipe dtq, or bireal for recipe blockwise.
         residual: bits of the quantizers around additions and pooling, or none; by default 8, for binary networks none.
         ends: bits of first and last layer: 8, 32, another width, or paper.
         keep: layers that stay float, as patterns of qualified names.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +16,9 @@ from rich.console import Console
 
 from .. import data as datasets
 from .. import models
-from ..convert import quantize
+from ..convert import FLOAT_BITS, Plan, quantize
 from ..data import Dataset
+from ..quantizers import METHODS
 from ..recipes import make
 from ..runs import with_blocks
 from ..training import Result, Settings, fit
@@ -80,20 +83,20 @@ class Train:
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are read as JSON where they are JSON, else as text.
+    """``name=value`` pairs; values are read as JSON, else as Python, as ``fewbits recipes`` prints them, else as text.
 
-    >>> parse_options(["weight=0.5", "reduction=mean", "retrain=false"])
-    {'weight': 0.5, 'reduction': 'mean', 'retrain': False}
+    >>> parse_options(["weight=0.5", "reduction=mean", "retrain=false", "bits=(8, 4)", "branch=None"])
+    {'weight': 0.5, 'reduction': 'mean', 'retrain': False, 'bits': (8, 4), 'branch': None}
     """
     parsed: dict[str, Any] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name:
             raise ValueError(f"options must look like name=value, got {option!r}")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            parsed[name] = value
+        parsed[name] = value
+        for read in (ast.literal_eval, json.loads):  # the last one that can wins
+            with contextlib.suppress(ValueError, SyntaxError):
+                parsed[name] = read(value)
     return parsed
 
 
@@ -119,7 +122,7 @@ def trained(config: Train, data: Dataset | None = None) -> Result:
         ValueError: anything in ``config`` that is wrong or does not fit together.
     """
     recipe = make(config.recipe, parse_options(config.options))
-    plan = config.bits.plan(own_quantizer(config.recipe)) if recipe.quantized else None
+    plan = _plan(config) if recipe.quantized else None
     if not recipe.quantized:
         _check_float(config)
     data = load_data(config) if data is None else data
@@ -224,6 +227,18 @@ def _source(config: Train, data: Dataset, own_classes: bool) -> Source | None:
 def own_quantizer(recipe: str) -> str | None:
     """The quantizer that a recipe by name is made for; None leaves it to ``Plan.of``."""
     return next((QUANTIZERS[part] for part in recipe.split("+") if part in QUANTIZERS), None)
+
+
+def _plan(config: Train) -> Plan:
+    bits, own = config.bits, own_quantizer(config.recipe)
+    if bits.quantizer is None and own is not None:
+        there = (*METHODS[own].bits, FLOAT_BITS)
+        if bits.weights not in there or bits.activations not in there:
+            raise ValueError(
+                f"recipe {config.recipe!r} is made for binary networks (quantizer {own}), got --weights {bits.weights} "
+                f"and --activations {bits.activations}; add --weights 1 --activations 1, or choose a --quantizer"
+            )
+    return bits.plan(own)
 
 
 def load_data(config: Train) -> Dataset:
