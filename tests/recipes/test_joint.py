@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewbits.convert import quantize
 from fewbits.distill import CrossEntropy, LogitDistance, Objective
 from fewbits.distill.weight_terms import HeadDecay, SourceDistance
-from fewbits.quantizers import Quantizer
+from fewbits.quantizers import Quantizer, QuantSpec, build
 from fewbits.recipes import DELTA, DTQ, FTL, L2SP, QFD, Joint, JointTeacher, Plain
 from fewbits.recipes.dtq import AttentiveAlignment, SourceClasses
 from fewbits.recipes.transfer_rivals import FixedAlignment
@@ -155,6 +155,20 @@ def test_quantized_maps_follow_the_students_bits():
     x = torch.linspace(-1, 3, 101)
     assert quantizers(unit, "attention")[0](x).unique().tolist() == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
     assert not any(p.requires_grad for p in unit.networks.helpers.parameters())
+
+
+@pytest.mark.parametrize("recipe", [Joint(), FTL(distance="l2", quantized_teacher=True)])
+def test_the_grids_are_fitted_to_all_batches(recipe: Any):
+    """Found: their ranges were those of the first two images."""
+    teacher, batches = network(), [batch(3)[0], 5.0 * batch(3)[0]]
+    made = recipe.objective(quantize(teacher, 2, 2, residual=None), teacher, batches=batches)
+    with torch.no_grad():
+        both = [maps(teacher, images)[0] for images in batches]
+    for index, held in enumerate(quantizers(made, recipe.terms[-1].name)):
+        wanted = build(QuantSpec("lsq", 2, "activation"), 1, 1)
+        wanted.calibrate(torch.cat([stages[index] for stages in both]))
+        torch.testing.assert_close(held.step, wanted.step)
+    assert made.networks.images == []
 
 
 def test_hint():

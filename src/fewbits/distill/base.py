@@ -47,6 +47,8 @@ class Networks(nn.Module):
         self.teacher = teacher
         self.helpers = nn.ModuleDict()
         self.register_buffer("example", example, persistent=False)
+        self.images: list[Tensor] = []
+        """Batches that an objective being made sets ranges from; none on resume, where ranges are loaded."""
         self.num_phases = 0
         """Phases begun so far; their edits are in place."""
         self.holders: list[Any] = []

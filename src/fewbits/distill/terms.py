@@ -13,6 +13,7 @@ from ..anatomy import before_pooling
 from ..checks import Positive, UnitInterval
 from ..convert import FLOAT_BITS, plan_of
 from ..quantizers import METHODS, QuantSpec, build
+from ..quantizers.start import sample
 from .base import NetworkName, Networks, Step, Tap, Term
 from .feature_losses import Reduction, squared_error
 from .logit_losses import cross_entropy, kl_divergence
@@ -51,7 +52,7 @@ def teacher_grids(networks: Networks, taps: Sequence[Tap]) -> nn.ModuleList:
     """Untrained activation quantizers that put the teacher's tensors at ``taps`` on the student's kind of grid.
 
     Method and bits are those of the student's plan (LSQ for methods that exist at one bit only, whose signs would make
-    a constant of what a ReLU gave), ranges those of the teacher's features of the example images. For DoReFa this is
+    a constant of what a ReLU gave), ranges those of the teacher's features of real images. For DoReFa this is
     Q of Zhuang et al.: clip to 0..1, then round. Reconstruction: the ranges of the other methods.
 
     Raises:
@@ -68,14 +69,17 @@ def teacher_grids(networks: Networks, taps: Sequence[Tap]) -> nn.ModuleList:
 
 
 def fitted_grids(networks: Networks, taps: Sequence[Tap], method: str, bits: int) -> nn.ModuleList:
-    """Untrained activation quantizers, one for each of ``taps``, set from the teacher's features of the example."""
+    """Untrained activation quantizers, one for each of ``taps``, set from the teacher's features of real images."""
     teacher = networks.network("teacher")
+    features: dict[Tap, list[Tensor]] = {tap: [] for tap in taps}
     modes = [(module, module.training) for module in teacher.modules()]
     hooks = Taps(taps, networks.student, teacher)
     try:
         with torch.no_grad():
-            teacher.eval()(networks.example)
-        features = hooks.collect()
+            for images in networks.images or [networks.example]:
+                teacher.eval()(images.to(networks.example.device))
+                for tap, feature in hooks.collect().items():
+                    features[tap].append(sample(feature.float()))
     finally:
         hooks.remove()
         for module, mode in modes:
@@ -83,7 +87,7 @@ def fitted_grids(networks: Networks, taps: Sequence[Tap], method: str, bits: int
     grids = nn.ModuleList()
     for tap in taps:
         grid = build(QuantSpec(method, bits, "activation"), 1, 1).to(networks.example.device)
-        grid.calibrate(features[tap])
+        grid.calibrate(torch.cat(features[tap]))
         grids.append(grid)
     return grids.requires_grad_(False)
 

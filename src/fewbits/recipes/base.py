@@ -203,7 +203,11 @@ class Recipe(Checked):
         for edit in self.phases()[phase].edits:
             edit.initialise(networks, (batch.to(device) for batch in images))
         calibrate(networks.student, images)
-        return Objective(networks, self.phases()[phase], seed)
+        networks.images = images
+        try:
+            return Objective(networks, self.phases()[phase], seed)
+        finally:
+            networks.images = []
 
     def begin(
         self,

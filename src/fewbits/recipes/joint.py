@@ -82,7 +82,7 @@ class QuantizedMaps(Term):
         return tuple(Tap(name, stage, "output") for stage in stages[-self.stages :])
 
     def helper(self, networks: Networks) -> nn.Module | None:
-        """One quantizer for each of the teacher's features, set from the example images; none of it is trained."""
+        """One quantizer for each of the teacher's features, set from real images; none of it is trained."""
         plan = plan_of(networks.student)
         bits = self.bits or (plan.activations if plan else FLOAT_BITS)
         if bits == FLOAT_BITS:
