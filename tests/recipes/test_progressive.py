@@ -36,6 +36,23 @@ def test_bits_fall_together():
     assert course(Progressive(), bits=(2, 4)) == [(8, 8), (4, 4), (2, 4)]  # never below the plan's
 
 
+def test_widths_not_above_the_plans_are_left_out():
+    """Found: at 4 bits, stages of 8 and 4 trained the last stage twice; at 8 bits, three times."""
+    student = quantize(network(), 4, 4)
+    for recipe in (Progressive(), TwoStage(bits=(8, 4)), TwoStage() + Progressive()):
+        with pytest.warns(UserWarning, match=r"^bits 4 are not above the student's, 4 for weights and 4 for activat"):
+            fitted = recipe.for_student(student)
+        assert fitted.schedule.bits == (8,)
+        assert fitted.for_student(student) == fitted
+    assert [phase.share for phase in Progressive((8,)).phases()] == [0.5, 0.5]
+    with pytest.warns(UserWarning, match="bits 8, 4 are not .* no bits fall at all; quantize to fewer bits"):
+        assert course(Progressive().for_student(quantize(network(), 8, 8)), bits=(8, 8)) == [(8, 8)]
+    for bits in ((2, 2), (2, 4), (2, 32)):
+        assert Progressive().for_student(quantize(network(), *bits)) == Progressive()
+    assert Plain().for_student(student) == Plain()
+    assert Progressive().for_student(network()) == Progressive()
+
+
 def test_both_nestings():
     inside = [(8, 32), (4, 32), (2, 32), (2, 8), (2, 4), (2, 2)]
     assert course(TwoStage(bits=(8, 4))) == inside

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy
 from ..calibration import calibrate
 from ..checks import Checked, Part, check_network, checked
-from ..convert import quantizers_of
+from ..convert import Plan, plan_of, quantizers_of
 from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
 from ..distill.base import FULLY_QUANTIZED, NetworkName, Routing
 from ..precision import PrecisionSchedule
@@ -55,6 +55,10 @@ class Schedule(Checked):
     def stages(self) -> tuple[Stage, ...]:
         """The stretches, in order; the last one ends fully quantized, with the plan's bits."""
         raise NotImplementedError
+
+    def for_plan(self, plan: Plan) -> Schedule:
+        """This schedule without stages that, at the plan's bits, would repeat the last one; says what it leaves out."""
+        return self
 
     def around(self, inner: Schedule) -> Schedule | None:
         """This schedule with ``inner`` nested in each of its stages, or None if it cannot hold it."""
@@ -143,6 +147,14 @@ class Recipe(Checked):
             stage.phase(rest, terms, trains) for stage in (replace(first, edits=(*self.edits, *first.edits)), *later)
         )
         return (*before, *after)
+
+    def for_student(self, student: nn.Module) -> Recipe:
+        """The same recipe without stages whose bits are not above the student's; a warning names them.
+
+        ``fit`` trains this one; in loops of one's own, take it before ``phases``.
+        """
+        plan = plan_of(student)
+        return self if plan is None else replace(self, schedule=self.schedule.for_plan(plan))
 
     @checked
     def __add__(self, other: Annotated[Recipe, "for example FTL() + Joint()"]) -> Recipe:

@@ -6,6 +6,7 @@ Reconstruction: that a stage starts from the latent weights of the one before, a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Bits, Inside, checked
-from ..convert import FLOAT_BITS, plan_of, quantizers_of
+from ..convert import FLOAT_BITS, Plan, plan_of, quantizers_of
 from ..distill import Edit, Networks
 from ..layers import QuantLayer
 from ..precision import Fixed, Precision, set_bits
@@ -95,6 +96,10 @@ class ProgressiveSchedule(Schedule):
         super().__post_init__()
         _check_falling(self.bits)
 
+    def for_plan(self, plan: Plan) -> Schedule:
+        """With the widths above the plan's: the others are the last stage itself."""
+        return replace(self, bits=_above(self.bits, plan))
+
     def stages(self) -> tuple[Stage, ...]:
         """One for each width; the last is the plan's."""
         share = 1 / (len(self.bits) + 1)
@@ -145,6 +150,10 @@ class TwoStageSchedule(Schedule):
         )
         return tuple(stage for pair in pairs for stage in pair)
 
+    def for_plan(self, plan: Plan) -> Schedule:
+        """With the widths above the plan's, of weights or of activations."""
+        return replace(self, bits=_above(self.bits, plan))
+
     def around(self, inner: Schedule) -> Schedule | None:
         """With progressive widths in each stage."""
         return replace(self, bits=inner.bits) if isinstance(inner, ProgressiveSchedule) and not self.bits else None
@@ -152,6 +161,20 @@ class TwoStageSchedule(Schedule):
 
 def _name(what: str, bits: int | None) -> str:
     return what if bits is None else f"{what}, {bits} bits"
+
+
+def _above(bits: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
+    """The ``bits`` that are above the plan's for weights or activations; a warning names the others."""
+    least = min(plan.weights, plan.activations)
+    kept = tuple(b for b in bits if b > least)
+    if kept != bits:
+        warnings.warn(
+            f"bits {', '.join(str(b) for b in bits if b <= least)} are not above the student's, {plan.weights} for "
+            f"weights and {plan.activations} for activations: such stages would repeat the last one and are left out"
+            + ("" if kept else ", so no bits fall at all; quantize to fewer bits, or start from more"),
+            stacklevel=4,
+        )
+    return kept
 
 
 def _check_falling(bits: tuple[int, ...]) -> None:
@@ -182,6 +205,7 @@ def Progressive(bits: Widths = (8, 4)) -> Recipe:
     """Train at high bits, then at lower ones, each from the solution before (Zhuang et al., TPAMI 2021, Algorithm 2).
 
     Args:
-        bits: widths before the plan's own; (8, 4) and a plan of 2 bits are the paper's 8, 4, 2.
+        bits: widths before the plan's own; (8, 4) and a plan of 2 bits are the paper's 8, 4, 2. ``fit`` leaves out
+            those that are not above the plan's.
     """
     return Recipe("progressive", schedule=ProgressiveSchedule(bits) if bits else OneStage())

@@ -96,6 +96,7 @@ def fit(
         check_network("teacher", teacher)
     check_recipe(recipe)
     check_data(data)
+    recipe = recipe.for_student(student)
     settings = dataclasses.replace(settings or Settings(), **overrides)
     normalisation = normalisation or data.normalisation
     check_outputs(student, data)
