@@ -238,6 +238,16 @@ def test_the_rate_of_quantizers_reaches_the_optimizer():
     assert got["student.quantizer_decayed"][0] == 0.05
 
 
+@pytest.mark.parametrize(("settings", "expected"), [({}, 0.001), ({"quantizer_lr": 0.5}, 0.0005)])
+def test_the_interval_of_ewgs_has_its_paper_s_rate(settings: Any, expected: float):
+    """Found: at the weights' own rate an 8-bit network fell from 99 % to guessing within an epoch."""
+    objective = objective_of("ewgs")
+    group = next(g for g in objective.param_groups(0.1) if g["name"] == "student.quantizers x0.01")
+    names = {id(p): n for n, p in objective.networks.student.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in group["params"]} == {"lower", "upper", "output_scale"}
+    assert rates(objective, **settings)["student.quantizers x0.01"] == (expected, 0.0)
+
+
 def test_the_teacher_of_qfd_has_its_own_rates():
     got = rates(objective_of(recipe="qfd"), quantizer_lr=0.5)
     assert got == {

@@ -143,15 +143,14 @@ class Objective(nn.Module):
         drawn = {term.teaches for term in self._names.values() if term.sets_weight_decay}
         for group in self.phase.trains:
             network = self.networks.network(group.network)
-            split = _split(network)
             rate = lr * group.lr
-            for kind, params in split.items():
-                kind_lr = rate * group.quantizer_lr if kind.startswith("quantizer") else rate
+            for (kind, own_rate), params in _split(network).items():
+                is_quantizer = kind.startswith("quantizer")
+                kind_lr = rate * own_rate * (group.quantizer_lr if is_quantizer else 1)
                 decays = kind == "quantizer_decayed" or (kind == "weights" and group.network not in drawn)
                 decay = weight_decay if decays else 0.0
-                groups.append(
-                    {"name": f"{group.network}.{kind}", "params": params, "lr": kind_lr, "weight_decay": decay}
-                )
+                name = f"{group.network}.{kind}" + (f" x{own_rate:g}" if own_rate != 1 else "")
+                groups.append({"name": name, "params": params, "lr": kind_lr, "weight_decay": decay})
         helpers = [p for p in self.networks.helpers.parameters() if p.requires_grad]
         groups.append(
             {"name": "helpers", "params": helpers, "lr": lr if helper_lr is None else helper_lr, "weight_decay": 0.0}
@@ -217,8 +216,7 @@ class Objective(nn.Module):
 
 
 def _check_trainable(network: nn.Module, name: NetworkName) -> None:
-    split = _split(network)
-    if not split["weights"] and not split["no_decay"]:
+    if not any(kind in ("weights", "no_decay") for kind, _ in _split(network)):
         raise ValueError(
             f"no weight of the {name} requires a gradient, so this phase would train nothing; call "
             f"{name}.requires_grad_(True) (quantize() keeps what the float network had)"
@@ -237,27 +235,25 @@ def _unique_names(terms: tuple[Term, ...]) -> dict[str, Term]:
     return names
 
 
-def _split(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """A network's trainable parameters: weights, those that never decay, quantizers', and theirs that decay."""
-    split: dict[str, list[nn.Parameter]] = {"weights": [], "no_decay": [], "quantizers": [], "quantizer_decayed": []}
-    owned = {id(p) for m in network.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    decayed = {
-        id(p)
-        for m in network.modules()
-        if isinstance(m, Quantizer)
-        for n, p in m.named_parameters(recurse=False)
-        if n in m.decayed
+def _split(network: nn.Module) -> dict[tuple[str, float], list[nn.Parameter]]:
+    """A network's trainable parameters by kind and by the factor on the rate that their method asks for.
+
+    Kinds are weights, those that never decay, quantizers', and quantizers' that decay.
+    """
+    split: dict[tuple[str, float], list[nn.Parameter]] = {}
+    of_quantizers = {
+        id(parameter): ("quantizer_decayed" if name in quantizer.decayed else "quantizers", quantizer.rate)
+        for quantizer in network.modules()
+        if isinstance(quantizer, Quantizer)
+        for name, parameter in quantizer.named_parameters()
     }
     for parameter in network.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in decayed:
-            split["quantizer_decayed"].append(parameter)
-        elif id(parameter) in owned:
-            split["quantizers"].append(parameter)
-        else:
-            split["weights" if parameter.ndim > 1 else "no_decay"].append(parameter)
-    return split
+        if parameter.requires_grad:
+            kind = "weights" if parameter.ndim > 1 else "no_decay"
+            split.setdefault(of_quantizers.get(id(parameter), (kind, 1.0)), []).append(parameter)
+    # In one order whatever stands first in a network: a checkpoint's optimizer state goes by it.
+    order = ("weights", "no_decay", "quantizers", "quantizer_decayed")
+    return dict(sorted(split.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])))
 
 
 __all__ = ["Group", "Losses", "Objective"]

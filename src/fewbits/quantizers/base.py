@@ -113,6 +113,9 @@ class Quantizer(nn.Module, ABC):
     decayed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters whose weight decay belongs to the method (PACT's alpha)."""
 
+    rate: ClassVar[float] = 1.0
+    """Factor on the learning rate of the method's own parameters, where its paper has another one for them."""
+
     enabled: Tensor
     calibrated: Tensor
 

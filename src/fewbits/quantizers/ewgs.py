@@ -51,6 +51,8 @@ def ewgs_codes(x: Tensor, lower: Tensor, upper: Tensor, delta: Tensor, num_steps
 class _EWGS(Quantizer):
     paper = "EWGS, Lee et al., CVPR 2021, arXiv 2104.00903"
     needs_data = True
+    rate = 0.01
+    """Adam 1e-5 beside 1e-3 for the weights in the paper; at the weights' own rate the interval runs away."""
     delta: Tensor
 
     def __init__(self, spec: QuantSpec, num_channels: int, channel_dim: int) -> None:

@@ -7,6 +7,8 @@ ReLU.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ class FeatureQuantizer(EWGSActivation):
     """
 
     offset: Tensor
+    reported: ClassVar[tuple[str, ...]] = ("output_scale",)
 
     paper = "QFD, Zhu et al., AAAI 2023 (quantizer: reconstruction)"
 
