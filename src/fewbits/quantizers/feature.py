@@ -36,6 +36,7 @@ class FeatureQuantizer(EWGSActivation):
     reported: ClassVar[tuple[str, ...]] = ("output_scale",)
 
     paper = "QFD, Zhu et al., AAAI 2023 (quantizer: reconstruction)"
+    rate = 1.0  # the recipe has a factor of its own
 
     def __init__(self, bits: int) -> None:
         super().__init__(QuantSpec("ewgs", bits, "activation", fixed=True), 1, 1)
