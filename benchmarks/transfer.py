@@ -10,7 +10,7 @@ Each arm has one strength, chosen on images that are neither trained on nor test
 class, one seed), then frozen: the reference's way of one learning rate for all. For 60 flowers a class the images that
 served for tuning are trained on. The test images are read by the final runs only; the last step is the headline.
 
-    fewbits train --model resnet20 --data cifar100 --recipe float --epochs 30 --lr 0.1 --weight-decay 5e-4 \
+    fewbits train --model resnet20 --data cifar100 --recipe float --epochs 12 --lr 0.1 --weight-decay 5e-4 \
         --compile --output runs/source-resnet20-cifar100
     python benchmarks/transfer.py --tune
     python benchmarks/transfer.py
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import fewbits as fb
 from fewbits.commands import load_run
 from fewbits.data.flowers17 import read_part
-from fewbits.training import read_metrics
+from fewbits.training import TrainingError, read_metrics
 from fewbits.training.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +98,15 @@ def target(name: str, per_class: int, seed: int, tuning: bool) -> fb.data.Datase
 
 
 def run(arguments: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
-    """Train one student and return what it reached."""
+    """Train one student and return what it reached; a strength that it does not survive reaches nothing."""
+    try:
+        return trained(arguments, key)
+    except TrainingError as error:
+        return key | {"last": 0.0, "best": 0.0, "stopped": str(error), "commit": commit()}
+
+
+def trained(arguments: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
+    """Train one student."""
     data = target(key["target"], key["per_class"], key["seed"], key["tuning"])
     source, normalisation = load_run(arguments.source)
     torch.manual_seed(key["seed"])
