@@ -6,6 +6,7 @@ Shape suffixes: N samples, C channels, H x W pixels.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class AttentiveTransfer(nn.Module):
     """
 
     entropy: Tensor
+    reported: ClassVar[tuple[str, ...]] = ("entropy",)
 
     def __init__(self, num_channels: int, height: int, width: int) -> None:
         super().__init__()

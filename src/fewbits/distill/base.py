@@ -77,6 +77,14 @@ class Networks(nn.Module):
         """The teacher as it came, whatever phases have made of it since."""
         return self._source[0] or self.network("teacher")
 
+    def report(self) -> dict[str, float]:
+        """What modules know beside the losses, by qualified name: of each the scalars that its ``reported`` names."""
+        return {
+            f"{path}.{name}".removeprefix("helpers."): float(getattr(module, name).detach())
+            for path, module in self.named_modules()
+            for name in getattr(module, "reported", ())
+        }
+
     def anatomy(self, name: NetworkName) -> Anatomy:
         """Where the parts of a network are: as the user said, else read off the network."""
         return self._anatomies.get(name) or Anatomy.of(self.network(name))

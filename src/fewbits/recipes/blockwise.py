@@ -7,8 +7,9 @@ Reconstruction: the branch's layers, the formula and the gradient routing of the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,17 @@ class BinaryBlocks(Edit):
         rewrite(networks.student, self.activation, self.branch, self.reduction)
 
 
+class _Kept(nn.Module):
+    """The last batch's loss of one block; of no use to training, so no part of a run's state."""
+
+    loss: Tensor
+    reported: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loss", torch.tensor(0.0), persistent=False)
+
+
 @dataclass(frozen=True)
 class BlockDistance(Term):
     """sum over blocks of the distance of the two networks' block outputs, behind the addition.
@@ -78,10 +90,19 @@ class BlockDistance(Term):
             *(Tap(other(self.teaches), block, "output") for block in theirs),
         )
 
+    def helper(self, networks: Networks) -> nn.Module:
+        """What keeps each block's loss, for a run's records: one number for all would hide which block it is."""
+        kept = {block.replace(".", "_"): _Kept() for block in networks.anatomy(self.teaches).blocks}
+        return nn.ModuleDict(kept).to(networks.example.device)
+
     def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
         """See the class."""
+        assert isinstance(helper, nn.ModuleDict)
         half = len(taps) // 2
-        return torch.stack([self._distance(step, *pair) for pair in zip(taps[:half], taps[half:], strict=True)]).sum()
+        losses = [self._distance(step, *pair) for pair in zip(taps[:half], taps[half:], strict=True)]
+        for kept, loss in zip(cast(Iterable[_Kept], helper.values()), losses, strict=True):
+            kept.loss.copy_(loss.detach())
+        return torch.stack(losses).sum()
 
     def _distance(self, step: Step, learner: Tap, fixed: Tap) -> Tensor:
         mine, theirs = step.features[learner], step.features[fixed]

@@ -208,6 +208,7 @@ class Loop:
         ends_epoch = position.total_step % self.steps_per_epoch == 0
         if position.step == 1 or position.total_step % min(LOG_EVERY, max(self.steps_per_epoch // 4, 1)) == 0:
             values = {name: float(value) for name, value in losses.items()}
+            values |= {f"report/{name}": value for name, value in objective.networks.report().items()}
             self._records.write("train", phase, lr=settings.lr * lr_factor, **values)
         if is_last or (ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0):
             self._evaluate(objective, float(losses["loss"]))
