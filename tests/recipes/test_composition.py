@@ -11,20 +11,39 @@ from torch import nn
 
 import fewbits as fb
 from fewbits.data import Dataset
+from fewbits.models.resnet_cifar import CifarResNet
 from fewbits.precision import is_fully_quantized
+from fewbits.recipes import QFD, BlockWise, Frozen, Joint, JointTeacher, QuantizedFeature, Recipe, TeacherPolicy, make
 from fewbits.training import loop, read_metrics
 
 from .zhuang import network
 
-TEACHING = ("plain", "logits", "features", "ftl", "qfd", "joint")
+TEACHING = ("plain", "logits", "features", "ftl", "qfd", "joint", "dtq", "l2-sp", "delta", "blockwise")
+TEACHERS: dict[str, TeacherPolicy] = {"frozen": Frozen(), "joint": JointTeacher(), "quantized": QuantizedFeature()}
 SCHEDULES = ("", "two-stage", "progressive", "stochastic")
 QUANTIZERS = ("lsq", "dorefa", "pact", "ewgs", "minmax", "bireal")
-FACTORS = (TEACHING, SCHEDULES, QUANTIZERS)
+FACTORS = (TEACHING, tuple(TEACHERS), SCHEDULES, QUANTIZERS)
 
 
 def allowed(case: tuple[str, ...]) -> bool:
-    """A binary quantizer has no 8 bits to fall from."""
-    return case[1:] != ("progressive", "bireal")
+    """What makes sense: the rest is refused, which other tests see to."""
+    teaching, teacher, schedule, quantizer = case
+    if teaching in ("dtq", "delta") and teacher != "frozen":
+        return False  # they compare with what the source network computes
+    if teaching == "blockwise" and quantizer != "bireal":
+        return False  # its blocks are binary
+    return (schedule, quantizer) != ("progressive", "bireal")  # one bit has no 8 bits to fall from
+
+
+def recipe_of(teaching: str, teacher: str, schedule: str) -> Recipe:
+    """The terms and edits of one, the teacher of another, the schedule of a third."""
+    own = {
+        "qfd": QFD(retrain=teacher == "quantized"),  # else it rounds the feature of whatever teacher there is
+        "joint": Joint(train_teacher=False),
+        "blockwise": BlockWise(stages="one"),
+    }
+    recipe = (own.get(teaching) or make(teaching)).with_options(teacher=TEACHERS[teacher])
+    return recipe + make(schedule) if schedule else recipe
 
 
 def covering() -> Iterator[tuple[str, ...]]:
@@ -52,8 +71,10 @@ def data() -> Dataset:
     return fb.data.load("digits").per_class(4, seed=0)
 
 
-def grey(classes: int = 10) -> nn.Module:
+def grey(residual: bool, classes: int = 10) -> nn.Module:
     torch.manual_seed(0)
+    if residual:
+        return CifarResNet((1, 1), (4, 8), projection=False, num_classes=classes, channels=1, architecture="tiny")
     model = network(8)
     model.conv = nn.Conv2d(1, 8, 3, padding=1)
     model.head = nn.Linear(8, classes)
@@ -66,10 +87,10 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("case", tuple(covering()), ids=lambda case: "-".join(part or "fixed" for part in case))
 def test_combination(case: tuple[str, ...], data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    teaching, schedule, quantizer = case
-    recipe = fb.recipes.make("+".join(part for part in (teaching, schedule) if part))
+    teaching, policy, schedule, quantizer = case
+    recipe = recipe_of(teaching, policy, schedule)
     bits = 1 if quantizer == "bireal" else 2
-    teacher = grey()
+    teacher = grey(residual=teaching == "blockwise")
     options: dict[str, Any] = {
         "recipe": recipe,
         "data": data,
