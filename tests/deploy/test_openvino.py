@@ -1,5 +1,7 @@
 """OpenVINO computes what was trained, with every quantizer, width and layer kind, on integer or XNOR kernels."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +228,56 @@ def test_slim_text_is_the_same_network(tmp_path: Path, monkeypatch: pytest.Monke
     x = images()[:3].numpy()
     results = [Compiled(found.path).run({"images": x})["logits"] for found in (slim, whole)]
     np.testing.assert_array_equal(*results)
+
+
+CONCATENATION = """
+import sys
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fewbits as fb
+
+
+class Network(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 40, 3, padding=1), nn.Conv2d(40, 16, 1)
+        self.between, self.c, self.fc = between, nn.Conv2d(56, 30, 3, padding=1), nn.Linear(30, 5)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = self.c(self.between(torch.cat([x, self.b(x)], 1)))
+        return self.fc(x.mean((2, 3)))
+
+
+torch.manual_seed(0)
+images = torch.rand(16, 3, 8, 8)
+for name in sys.argv[2:]:
+    kinds = {"nothing": nn.Identity(), "relu": nn.ReLU(), "clip": nn.Hardtanh()}
+    between = kinds | {"norm": nn.BatchNorm2d(56), "pool": nn.MaxPool2d(2)}
+    network = Network(between[name]).train()
+    network(images)
+    quantizer = "sign" if name != "nothing" else "lsq"
+    student = fb.quantize(network.eval(), 1, 1, quantizer=quantizer, residual=None)
+    fb.calibrate(student, [images])
+    student.eval()
+    found = fb.export(student, sys.argv[1], example=images, normalisation=None, engine="openvino", minimum_equal=0.9)
+    row = next(row for row in found.layers if row.name == "c")
+    print(f"{name}: {row.kernel.split()[0]}: {row.note}")
+"""
+
+
+def test_signs_behind_a_concatenation_do_not_kill_the_process(tmp_path: Path):
+    """Found: OpenVINO puts the sign in front of the concatenation, and dies or computes noise."""
+    (tmp_path / "script.py").write_text(CONCATENATION)
+    arguments = [tmp_path / "script.py", tmp_path / "student.xml", "relu", "clip", "norm", "nothing", "pool"]
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    relu, clip, norm, nothing, pool = done.stdout.splitlines()
+    why = "OpenVINO moves signs in front of a concatenation, and the kernel then reads memory that is not its own"
+    assert relu == f"relu: Convolution: {why}"
+    assert clip == f"clip: Convolution: {why}"
+    assert norm == f"norm: Convolution: {why}"
+    assert nothing.startswith("nothing: Convolution")
+    assert pool == "pool: BinaryConvolution: "

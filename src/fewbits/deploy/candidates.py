@@ -80,7 +80,7 @@ def _kinds(node: ir.Node, mark: ir.Node, quantizers: Mapping[str, Quantizer]) ->
         return ("float",)
     # -1 and +1 times a scale; DoReFa's single bit is of that kind too, a min-max grid is not.
     is_binary = weights.bits == 1 and node.op_type == "Conv" and weight is not None
-    if is_binary and weight is not None and not xnor.refusal(node, weight.shape) and _is_alone(node):
+    if is_binary and weight is not None and _is_alone(node) and not xnor.refusal(node, weight.shape, _source(node)):
         if isinstance(activation, SIGNS):
             kinds.append("xnor")
         elif planes.serves(activation):
@@ -97,6 +97,12 @@ def _activation(node: ir.Node, quantizers: Mapping[str, Quantizer]) -> Quantizer
     if made_by is None or made_by.op_type != MARK:
         return None
     return quantizers[made_by.attributes["quantizer"].as_string()]
+
+
+def _source(node: ir.Node) -> ir.Value | None:
+    """What a layer's activation quantizer reads."""
+    mark = marker(node)
+    return mark.inputs[0] if mark is not None else None
 
 
 def _is_alone(node: ir.Node) -> bool:

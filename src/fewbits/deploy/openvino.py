@@ -36,7 +36,7 @@ from .openvino_weights import fake_quantize, fits, values, weight
 from .weights import Floats, WeightGrid
 
 BITS, SIGN = "fewbits.bits", "fewbits.sign"
-"""Keys in a value's ``meta``: the ``Bits`` that it is the first of; whether it is a float -1 or +1."""
+"""Keys in a value's ``meta``: the ``Bits`` that it is the first of; of what it is the sign, a float -1 or +1."""
 
 HAND_ON = {*MOVES, "Relu", "Clip", "Pad", "MaxPool", "Concat"}
 LEVELS = 256
@@ -122,7 +122,7 @@ def _activation(
         ends = (builder.constant(end, np.float32) for end in (1.0, -1.0))
         bounds = (-LEVELS / 2, LEVELS / 2 - 1)
         value = fake_quantize(builder, builder.node("Where", above, *ends), bounds, bounds, LEVELS)
-        value.meta[SIGN] = True
+        value.meta[SIGN] = x
         return value, Cut(name, call, value, None)
     zero = quantizer.encode(torch.zeros(()))
     scale, lowest, highest = float(zero.scale), zero.low, zero.high
@@ -198,8 +198,9 @@ def _convolution(builder: Builder, conv: ir.Node, grid: WeightGrid, layer: str, 
         made = _float_weight(builder, grid, affine.factor) if kind == "float" else weight(builder, grid, affine.factor)
         value = result = builder.copy("Conv", (x, made), conv.attributes)
         reason = _reason(x, grid, kind)
-    is_binary = grid.bits == 1 and grid.offset is None and _unpadded(x).meta.get(SIGN) is True
-    note = xnor.refusal(conv, grid.unsigned.shape) or "its input is padded, or read by others" if is_binary else ""
+    sign_of, note = _unpadded(x).meta.get(SIGN), ""
+    if grid.bits == 1 and grid.offset is None and sign_of is not None and bits is None:
+        note = xnor.refusal(conv, grid.unsigned.shape, sign_of) or "its input is padded, or read by others"
     if affine.shift.any():
         value = builder.node("Add", value, builder.constant(_channels(affine.shift, affine.factor), np.float32))
     replace(affine.end, value)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..quantizers import Quantizer
 from ..quantizers.sign import ReActActivation
 from .activations import Bits
-from .builder import Builder
+from .builder import Builder, producer
 from .openvino_weights import DOMAIN as OPENVINO
 from .packing import pack
 from .weights import Floats, WeightGrid
@@ -24,6 +24,10 @@ LISTS = ("strides", "pads", "dilations")
 
 CHANNELS = 8
 """Input channels have to be a multiple of this, or the kernel is wrong without a word."""
+
+SEEN_THROUGH = ("Relu", "Clip", "Min", "Max", "BatchNormalization", "Mul", "Add", "Sub", "Div")
+SEEN_THROUGH += ("LeakyRelu", "PRelu", "Identity", "Cast", "Pad")
+"""Measured: Relu, Clip, BatchNormalization. The others are, or may become, one of them or nothing in OpenVINO."""
 
 
 def bits(builder: Builder, x: ir.Value, quantizer: Quantizer) -> Bits:
@@ -64,8 +68,14 @@ def _channels(x: ir.Value, quantizer: Quantizer, below: npt.ArrayLike) -> Floats
     return np.asarray(limit.reshape(shape), np.float32)
 
 
-def refusal(conv: ir.Node, shape: tuple[int, ...]) -> str:
-    """Why the XNOR kernel cannot serve a convolution of one-bit weights of ``shape``; empty if it can."""
+def refusal(conv: ir.Node, shape: tuple[int, ...], source: ir.Value | None) -> str:
+    """Why the XNOR kernel cannot serve a convolution of one-bit weights of ``shape``; empty if it can.
+
+    Args:
+        conv: of the graph.
+        shape: of its weights.
+        source: what becomes bits in front of it.
+    """
     group = conv.attributes.get("group")
     if group is not None and group.as_int() != 1:
         return "the XNOR kernel has no groups"
@@ -73,7 +83,22 @@ def refusal(conv: ir.Node, shape: tuple[int, ...]) -> str:
         return "the XNOR kernel is for two dimensions"
     if shape[1] % CHANNELS:
         return f"the XNOR kernel takes multiples of {CHANNELS} input channels, and this layer has {shape[1]}"
+    if is_behind_concat(source):
+        return "OpenVINO moves signs in front of a concatenation, and the kernel then reads memory that is not its own"
     return ""
+
+
+def is_behind_concat(source: ir.Value | None) -> bool:
+    """Whether OpenVINO 2026.4 might take a FakeQuantize of ``source`` apart and put it in front of a concatenation.
+
+    It does so behind one, and behind a ReLU, Clip or batch norm of one, which it makes part of the FakeQuantize (not
+    behind a pool or a reshape), if anything in the network has int8. Two levels are bits: they are then put together as
+    if they were floats, and the process dies or the results are noise.
+    """
+    while (node := producer(source, *SEEN_THROUGH)) is not None:
+        read = [value for value in node.inputs if value is not None and value.const_value is None]
+        source = read[0] if len(read) == 1 else None
+    return producer(source, "Concat") is not None
 
 
 def convolution(builder: Builder, bit: ir.Value, conv: ir.Node, grid: WeightGrid, pad: float = 0.0) -> ir.Value:
