@@ -49,6 +49,10 @@ def test_widths_not_above_the_plans_are_left_out():
         assert course(Progressive().for_student(quantize(network(), 8, 8)), bits=(8, 8)) == [(8, 8)]
     for bits in ((2, 2), (2, 4), (2, 32)):
         assert Progressive().for_student(quantize(network(), *bits)) == Progressive()
+    with pytest.warns(UserWarning, match=r"^bits 8, 4 are above .* only \(2 and 8\): .* use nesting 'precisions'"):
+        TwoStage(bits=(8, 4)).for_student(quantize(network(), 2, 8))
+    both = TwoStage(bits=(8, 4), nesting="precisions")
+    assert both.for_student(quantize(network(), 2, 8)) == both
     assert Plain().for_student(student) == Plain()
     assert Progressive().for_student(network()) == Progressive()
 

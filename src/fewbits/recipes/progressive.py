@@ -151,8 +151,17 @@ class TwoStageSchedule(Schedule):
         return tuple(stage for pair in pairs for stage in pair)
 
     def for_plan(self, plan: Plan) -> Schedule:
-        """With the widths above the plan's, of weights or of activations."""
-        return replace(self, bits=_above(self.bits, plan))
+        """With the widths above the plan's, of weights or of activations; a warning where one side repeats stages."""
+        bits = _above(self.bits, plan)
+        again = [str(b) for b in bits if b <= max(plan.weights, plan.activations)]
+        if again and self.nesting == "stages":
+            warnings.warn(
+                f"bits {', '.join(again)} are above the student's for weights or for activations only ({plan.weights} "
+                f"and {plan.activations}): stages of the other side repeat each other; use nesting 'precisions', or "
+                "leave these bits out",
+                stacklevel=3,
+            )
+        return replace(self, bits=bits)
 
     def around(self, inner: Schedule) -> Schedule | None:
         """With progressive widths in each stage."""
