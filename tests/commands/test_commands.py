@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fewbits.cli import main
 from fewbits.commands import COMMANDS, load_run, run_data
@@ -104,6 +105,33 @@ def test_export_bench_summary_and_report(teacher, student, capsys):
     printed = capsys.readouterr().out
     assert "layer1.0.conv1" in printed
     assert "(batch 1)" in printed
+
+
+def test_bench_measures_every_exported_file_of_the_run_and_no_other(teacher, student, tmp_path, capsys):
+    """Found: a file of another run, or from before training went on, was measured under the student's name."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path / "run"
+    shutil.copytree(student, folder, ignore=shutil.ignore_patterns("*.onnx"))
+    for options in (["--variant", "packed"], ["--variant", "qdq"], ["--variant", "int4"]):
+        assert run("export", folder, *options, "--minimum-equal", 0.9) == 0
+    quick = ["--repeats", 1, "--batch-sizes", 1, "--threads", 1, "--no-memory", "--layers", 0]
+    assert run("bench", folder, *quick) == 0
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["float", "student", "student, int4", "student, qdq"]
+    (folder / "bench.json").unlink()
+    own = (folder / "student-int4.onnx").read_bytes()
+    assert run("export", teacher, "--output", folder / "student-int4.onnx") == 0
+    capsys.readouterr()
+    assert run("bench", folder, *quick) == 1
+    assert "student-int4.onnx is not what this student exports to: it comes from another run, or" in message(capsys)
+    (folder / "student-int4.onnx").write_bytes(own)
+    state = load_file(folder / "student.safetensors")
+    name = next(name for name, tensor in state.items() if tensor.is_floating_point())
+    save_file(state | {name: state[name] + 1e-3}, folder / "student.safetensors")
+    for command in (["bench", folder, *quick], ["parity", folder]):
+        assert run(*command) == 1
+        assert "or from this one before it was trained again, or is damaged; export again, or" in message(capsys)
+    assert not (folder / "bench.json").exists()
 
 
 def test_resume_of_a_finished_run_changes_nothing(student, teacher, capsys):

@@ -16,13 +16,14 @@ from rich.table import Table
 from torch import nn
 
 from .. import models
-from ..convert import float_state, plan_of
+from ..convert import float_state
+from ..data import Dataset, Normalisation
 from ..runs import float_architecture, restructured
 from ..training import read_json
 from ..training.folder import RUN
 from .kernels import measure
 from .machine import machine
-from .runs import load_run, onnx_files, run_data
+from .runs import exported_files, is_frozen, load_run, onnx_files, run_data, with_frozen_ranges
 from .ship import Export, export
 
 ALL = 0
@@ -34,8 +35,8 @@ class Bench:
     """Measure size, load time, latency, throughput and peak memory of an exported run beside float, interleaved.
 
     Args:
-        run: a run folder; it is exported for ONNX Runtime first if that has not been done. A file for OpenVINO that
-            lies there takes part, beside the float network in that engine.
+        run: a run folder; it is exported for ONNX Runtime first if that has not been done. Every file that export
+            left there takes part, those for OpenVINO beside the float network in that engine.
         threads: of the engine, one or several; 0 is one for each core.
         batch_sizes: images at a time.
         repeats: measurements of each.
@@ -60,11 +61,12 @@ def bench(config: Bench) -> list[dict[str, Any]]:
     """Carry out ``config``; leaves ``bench.json`` in the run folder.
 
     Raises:
-        ValueError: the run is not finished, counts below their least, a file of another network.
+        ValueError: the run is not finished, counts below their least, a file that does not come from the run as it is.
     """
     from ..deploy import bench as bench_files
     from ..deploy import costs
     from ..deploy import export as export_student
+    from ..deploy.engines import engine_of
 
     if config.layers < 0 or min(config.threads, default=-1) < 0:
         raise ValueError(f"layers and threads must be at least 0, got {config.layers} and {list(config.threads)}")
@@ -77,19 +79,18 @@ def bench(config: Bench) -> list[dict[str, Any]]:
     student, normalisation = load_run(config.run)
     data = run_data(config.run, config.data_root)
     images = data.pixels(max(config.batch_sizes))
-    students = {file.stem.replace("-", ", "): file for file in onnx_files(config.run)}
+    students = exported_files(config.run)
+    _check(students, config.run, student, data, normalisation)
     # The run folder's own file stays the only one of its kind there: the float network is measured from elsewhere.
     with tempfile.TemporaryDirectory() as elsewhere:
         float_path = Path(elsewhere) / "float.onnx"
         export_student(float_network(config.run, student), float_path, example=images, normalisation=normalisation)
         files = {"float": float_path, **students}
-        other = _for_openvino(config.run, student)
-        if other is not None:
+        if any(engine_of(path) == "openvino" for path in students.values()):
             float_other = Path(elsewhere) / "float.xml"
             network = float_network(config.run, student)
             export_student(network, float_other, example=images[:64], normalisation=normalisation, engine="openvino")
-            files |= {"float, openvino": float_other, "student, openvino": other}
-            students["student, openvino"] = other
+            files["float, openvino"] = float_other
         entries = [
             asdict(row)
             for number in threads
@@ -159,19 +160,13 @@ def _most_expensive(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     return f"{name}, most expensive at batch 1: {', '.join(parts)}"
 
 
-def _for_openvino(folder: Path, student: nn.Module) -> Path | None:
-    """The run's file for OpenVINO, in either form.
+def _check(
+    files: Mapping[str, Path], folder: Path, student: nn.Module, data: Dataset, normalisation: Normalisation
+) -> None:
+    """A number beside the name of a network that it was not measured on would be worse than none."""
+    from ..deploy import check_seal
 
-    Raises:
-        ValueError: it holds a network of another plan.
-    """
-    from ..deploy.engines import ENGINES
-
-    found = [path for suffix in (".onnx", ".xml") if (path := folder / f"student-openvino{suffix}").exists()]
-    if not found:
-        return None
-    plan = plan_of(student)
-    written = ENGINES["openvino"].metadata(found[0]).get("plan")
-    if written != (None if plan is None else json.dumps(asdict(plan), sort_keys=True)):
-        raise ValueError(f"{found[0]} is not of this run: it has another plan; export again, or remove it")
-    return found[0]
+    frozen = {path for path in files.values() if is_frozen(folder, path)}
+    other = with_frozen_ranges(student, folder, data, normalisation) if frozen else student
+    for path in files.values():
+        check_seal(path, other if path in frozen else student, normalisation)

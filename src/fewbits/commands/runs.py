@@ -106,6 +106,16 @@ def onnx_files(folder: Path) -> list[Path]:
     return [file for file in files if file.exists()] or files[:1]
 
 
+def exported_files(folder: Path) -> dict[str, Path]:
+    """Every file that ``fewbits export`` left in the run folder, of any engine and variant, by a name for tables."""
+    found = [path for suffix in (".onnx", ".xml") for path in sorted(folder.glob(f"student*{suffix}"))]
+    named: dict[str, Path] = {}
+    for path in sorted(found, key=lambda path: path.stem):
+        name = path.stem.replace("-", ", ")
+        named[path.name if name in named else name] = path
+    return named
+
+
 def run_result(folder: Path) -> dict[str, Any]:
     """The last record of a finished run.
 

@@ -9,6 +9,7 @@ from .packed import Packed, load_packed, pack
 from .probe import Probed, probe
 from .prove import Proof, prove
 from .result import CodeRow, Exported, LayerRow, ParityError
+from .seal import check as check_seal
 
 __all__ = [
     "BenchRow",
@@ -22,6 +23,7 @@ __all__ = [
     "Proof",
     "accuracy",
     "bench",
+    "check_seal",
     "costs",
     "export",
     "freeze_ranges",

@@ -22,6 +22,7 @@ from .engines import Engine
 from .kernels import Choice
 from .prepare import prepare
 from .result import Exported, LayerRow
+from .seal import digest, sealed
 from .variants import PACKED, VARIANTS
 
 if TYPE_CHECKING:
@@ -103,15 +104,15 @@ def export(
 
     binary = target.suffix != ".onnx"
     choices, chosen_kinds = choose_kernels(chosen, engine, traced, network, kernels, threads=threads, binary=binary)
-    metadata = _metadata(student, class_names) | chosen_kinds
-    built, found = chosen.build(traced, network, metadata, {}), None
+    metadata, state = _metadata(student, class_names) | chosen_kinds, digest(student, normalisation)
+    built, found = chosen.build(traced, network, sealed(metadata, state), {}), None
     if check:
         expected = parity.reference(network, images, normalisation, built.cuts)
         found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         care: dict[str, fold.Care] = {}
         while more := _more_care(built, found, care, minimum_equal, len(images)):
             care |= more
-            built = chosen.build(traced, network, metadata | {CARE: written_care(care)}, care)
+            built = chosen.build(traced, network, sealed(metadata | {CARE: written_care(care)}, state), care)
             found = parity.compare(built.proto, expected, images, built.cuts, chosen)
         parity.check(found, minimum_equal, len(images))
     rows: tuple[LayerRow, ...] = _layers(network, built, chosen, choices)

@@ -22,7 +22,7 @@ def prepare(
 ) -> tuple[nn.Module, ir.Model, Tensor, Normalisation | None]:
     """A copy of ``student`` that is ready, its traced graph, the images and the normalisation; see ``export``."""
     if normalisation == "trained":
-        normalisation = _trained_with(student)
+        normalisation = trained_with(student)
     images = _check_images(example, normalisation)
     _check_numbers(student)
     _check_calibrated(student)
@@ -37,7 +37,7 @@ def prepare(
     return network, graph.trace(network, images, normalisation), images, normalisation
 
 
-def _trained_with(student: nn.Module) -> Normalisation | None:
+def trained_with(student: nn.Module) -> Normalisation | None:
     """The normalisation that ``fit`` left with the student; a network from another loop has none and has to say."""
     if "fewbits_normalisation" not in student.__dict__:
         raise ValueError(

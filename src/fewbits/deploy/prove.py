@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from . import seal
 from .export import read_care
 from .prepare import prepare
 from .result import CodeRow
@@ -65,13 +66,13 @@ def prove(
         ValueError: there is no such file, it is damaged, or it does not come from this student.
     """
     file = Path(path)
+    metadata = seal.check(file, student, normalisation)
     name, variant = variant_of(file)
     engine = VARIANTS[name][variant]
     network, traced, images, normalisation = prepare(student, example, normalisation)
     from . import parity
     from .graph import INPUT, OUTPUT
 
-    metadata = engine.metadata(file)
     built = engine.build(traced, network, metadata, read_care(metadata))
     logits = engine.open(file).run({INPUT: images.numpy()})[OUTPUT]
     with tempfile.TemporaryDirectory() as folder:

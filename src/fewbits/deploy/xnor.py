@@ -25,8 +25,8 @@ LISTS = ("strides", "pads", "dilations")
 CHANNELS = 8
 """Input channels have to be a multiple of this, or the kernel is wrong without a word."""
 
-SEEN_THROUGH = ("Relu", "Clip", "Min", "Max", "BatchNormalization", "Mul", "Add", "Sub", "Div")
-SEEN_THROUGH += ("LeakyRelu", "PRelu", "Identity", "Cast", "Pad")
+ELEMENTWISE = ("Relu", "Clip", "Min", "Max", "LeakyRelu", "PRelu", "BatchNormalization", "Mul", "Add", "Sub", "Div")
+SEEN_THROUGH = (*ELEMENTWISE, "Identity", "Cast", "Pad")
 """Measured: Relu, Clip, BatchNormalization. The others are, or may become, one of them or nothing in OpenVINO."""
 
 
