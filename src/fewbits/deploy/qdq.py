@@ -26,8 +26,13 @@ from . import activations
 from .activations import SIGNS, Cut, steps_of
 from .builder import Builder, array_of, only_reader, producer, replace
 from .fold import Site, float_grid
+from .movement import MOVES
 from .onnx import global_pools
 from .weights import WeightGrid
+
+MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+HAND_ON = (*MOVES, "MaxPool", "Relu", "Clip")
+LOWEST = np.finfo(np.float32).min
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,17 @@ class PlainQDQ:
         return builder.constant(grid.integers * scale + (grid.offset or 0.0), np.float32, f"{grid.name}.values")
 
     def finish(self, builder: Builder) -> None:
-        """Float layers stay as they are."""
+        """Float weights stay floats: with Q and DQ around them ONNX Runtime quantizes them, on a grid of its own.
+
+        It looks for a DequantizeLinear in front of the layer, also behind what only moves values; a maximum that
+        changes nothing hides it. TensorRT runs such a layer in float with or without.
+        """
+        for node in list(builder.graph):
+            if node.op_type in MULTIPLY and len(node.inputs) > 1 and _is_constant(node.inputs[1]):
+                x = node.inputs[0]
+                assert x is not None
+                if _is_dequantized(x):
+                    node.replace_input_with(0, builder.node("Max", x, builder.constant(LOWEST, np.float32)))
 
     def _weight(self, builder: Builder, grid: WeightGrid, axis: int) -> tuple[ir.Value, ir.Value, str]:
         """The stored constant, the value that a layer reads (output channels along ``axis``), why that is no int8."""
@@ -96,6 +111,20 @@ class PlainQDQ:
         scale = builder.constant(np.broadcast_to(grid.scale, len(grid.unsigned)), np.float32)
         zero_points = builder.constant(np.zeros(len(grid.unsigned)), np.int8)
         return stored, builder.node("DequantizeLinear", stored, scale, zero_points, axis=axis), ""
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """Whether an engine can work out ``value`` when it loads the file, and it is no DequantizeLinear."""
+    if value is None or value.const_value is not None:
+        return value is not None
+    node = value.producer()
+    return node is not None and node.op_type != "DequantizeLinear" and all(map(_is_constant, node.inputs))
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    while (node := producer(value, *HAND_ON)) is not None and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return producer(value, "DequantizeLinear") is not None
 
 
 def _signs(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, call: int) -> tuple[ir.Value, Cut]:
