@@ -62,7 +62,8 @@ class Row:
         who: float, fewbits, or a peer.
         bits: of weights and activations.
         recipe: of ours; anything but plain has a teacher of the student's architecture.
-        compiled, channels_last, bf16: how it runs.
+        compiled, channels_last, bf16, recompute: how it runs.
+        residual: whether residual streams have 8 bits, as by our default, or float shortcuts, as peers and papers have.
         quick: whether ``--quick`` measures it.
     """
 
@@ -72,6 +73,8 @@ class Row:
     compiled: bool = False
     channels_last: bool = False
     bf16: bool = False
+    recompute: bool = False
+    residual: bool = True
     quick: bool = True
 
     @property
@@ -80,7 +83,8 @@ class Row:
         quantizer = {1: " binary"}.get(self.bits, f" lsq {self.bits}/{self.bits}") if self.who == "fewbits" else ""
         bits = f" {self.bits}/{self.bits}" if self.who not in ("float", "fewbits") else ""
         recipe = f" {self.recipe}" if self.recipe != "plain" else ""
-        ways = {"compiled": self.compiled, "channels-last": self.channels_last, "bf16": self.bf16}
+        ways = {"float shortcuts": not self.residual, "compiled": self.compiled}
+        ways |= {"channels-last": self.channels_last, "bf16": self.bf16, "recompute": self.recompute}
         return f"{self.who}{quantizer}{bits}{recipe}" + "".join(f" {way}" for way, on in ways.items() if on)
 
 
@@ -92,6 +96,9 @@ def rows() -> list[Row]:
         found += [replace(ours, bits=bits), replace(ours, bits=bits, compiled=True)]
     ours = replace(ours, bits=4)
     found += [
+        replace(ours, residual=False),
+        replace(ours, residual=False, compiled=True),
+        replace(ours, recompute=True),
         replace(ours, channels_last=True),
         replace(ours, **fastest),
         replace(ours, recipe="logits"),
@@ -268,13 +275,14 @@ def our_step(network: Network, row: Row, images: Any, labels: Any) -> Callable[[
     from fewbits.training.step import Stepper
 
     teacher = fb.models.build(network.name, num_classes=network.classes, image_size=network.size)
-    student = fb.quantize(teacher, row.bits, row.bits)
+    student = fb.quantize(teacher, row.bits, row.bits, residual="auto" if row.residual else None)
     recipe = fb.recipes.make(row.recipe)
     settings = Settings(
         lr=LR,
         batch_size=network.batch_size,
         compile=row.compiled,
         channels_last=row.channels_last,
+        recompute=row.recompute,
         precision="bf16" if row.bf16 else "fp32",
         device="cpu",
     )

@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from fewbits.layers import QUANTIZED, QuantConv2d, QuantLayer, QuantLinear
+from fewbits.layers import QUANTIZED, QuantConv2d, QuantLayer, QuantLinear, recomputing
 from fewbits.quantizers import METHODS, QuantSpec
 from fewbits.quantizers.ewgs import EWGSWeight
 
@@ -244,3 +245,37 @@ def test_autocast(name: str):
         assert parameter.grad is not None, key
         assert parameter.grad.dtype == torch.float32
         assert bool(torch.isfinite(parameter.grad).all()), key
+
+
+def kept_and_gradients(layer: QuantLayer, x: Tensor) -> tuple[bool, list[Tensor]]:
+    """Whether the quantized input outlives the forward pass; output and all gradients."""
+    layer.zero_grad()
+    given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    quantized: list[StorageWeakRef] = []
+    assert layer.input_quantizer is not None
+    with layer.input_quantizer.register_forward_hook(
+        lambda _module, _args, output: quantized.append(StorageWeakRef(output.untyped_storage()))
+    ):
+        y = layer(given)
+    is_kept = not quantized[0].expired()
+    y.square().sum().backward()
+    return is_kept, [y.detach(), *(p.grad for p in (given, *layer.parameters()) if p.grad is not None)]
+
+
+@every_layer
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputing_changes_no_bit_and_keeps_less(name: str, method: str):
+    layer, x = layer_and_input(name)
+    quantized = calibrated(layer, x, method, 1 if METHODS[method].bits == (1,) else 4)
+    if x.ndim == 4 and name != "1x1":
+        x = x.to(memory_format=torch.channels_last)
+    # What is padded by itself is another tensor than the quantized one.
+    is_padded = getattr(quantized, "padding_mode", "zeros") != "zeros" or name == "same"
+    is_kept, expected = kept_and_gradients(quantized, x)
+    assert is_kept or is_padded
+    for on in (True, False):
+        recomputing(quantized, on=on)
+        is_kept, given = kept_and_gradients(quantized, x)
+        assert is_kept != on or is_padded
+        for one, two in zip(given, expected, strict=True):
+            assert torch.equal(one, two)

@@ -124,9 +124,14 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, save: int, *, written: bool) -> 
             yield
 
 
+def timeless(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what says how long it took, or how fast it went."""
+    return {k: v for k, v in values.items() if k.rpartition("/")[2] != "seconds" and "pace/" not in k}
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     """The metrics, without how long it took."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(folder)]
+    return [timeless(record) for record in read_metrics(folder)]
 
 
 def same_run(one: Path, two: Path) -> None:

@@ -52,6 +52,8 @@ class Train:
         hold_out: training images that replace the test split, for tuning.
         per_class: training images of each class that are kept, for little data.
         progress: show a progress bar; --no-progress does not.
+        profile: leave a trace of a few early steps (profile.json.gz, for chrome://tracing) and their ten most expensive
+            operators (profile.txt) in the run folder.
         settings: of the training loop.
     """
 
@@ -71,6 +73,7 @@ class Train:
     hold_out: int = 0
     per_class: int = 0
     progress: bool = True
+    profile: bool = False
     settings: Settings = field(default_factory=Settings)
 
     def folder(self) -> Path:
@@ -181,6 +184,7 @@ def trained(config: Train, data: Dataset | None = None) -> Result:
         output=config.folder(),
         resume=config.resume,
         progress=config.progress,
+        profile=config.profile,
         description={
             "command": "train",
             "model": config.model,

@@ -67,6 +67,7 @@ def fit(
     output: Path | str | None = None,
     resume: bool = False,
     progress: bool = True,
+    profile: bool = False,
     description: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Result:
@@ -83,6 +84,8 @@ def fit(
         output: folder for checkpoints, metrics and the student; None keeps nothing.
         resume: whether to continue the run in ``output``; without one there, it starts afresh.
         progress: whether to show a progress bar.
+        profile: whether to leave a profile of a few early steps in ``output``: profile.json.gz for chrome://tracing,
+            and the ten most expensive operators in profile.txt.
         description: more entries for ``run.json``.
 
     Raises:
@@ -97,6 +100,8 @@ def fit(
     check_recipe(recipe)
     check_data(data)
     recipe = recipe.for_student(student)
+    if profile and output is None:
+        raise ValueError("profile=True leaves its files in the run folder; pass output=... as well")
     settings = dataclasses.replace(settings or Settings(), **overrides)
     normalisation = normalisation or data.normalisation
     check_outputs(student, data)
@@ -116,7 +121,7 @@ def fit(
         )
         if folder.is_finished:
             return _finished(recipe.restructure(student), folder, normalisation)
-    loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress)
+    loop = Loop(student, teacher, recipe, data, normalisation, settings, folder, progress, profile)
     try:
         outcome = loop.run()
     except BaseException:

@@ -25,7 +25,9 @@ from .evaluate import accuracy_over_processes, reestimate_batch_norm
 from .feed import Feed
 from .folder import RunFolder
 from .guard import has_diverged
+from .pace import Pace
 from .position import Position, read_position
+from .profiling import Profile
 from .records import Records
 from .resume import resume_training, resumed_objective, take_checkpoint
 from .schedules import lr_factor, phase_steps, spread_steps
@@ -69,6 +71,7 @@ class Loop:
         settings: everything else.
         folder: where checkpoints and metrics go; None keeps nothing.
         shown: whether to show progress.
+        profile: whether to leave a profile of a few steps in the folder.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Loop:
         settings: Settings,
         folder: RunFolder | None = None,
         shown: bool = True,
+        profile: bool = False,
     ) -> None:
         self.student, self.teacher, self.recipe, self.settings, self.folder = student, teacher, recipe, settings, folder
         self.accelerator = make_accelerator(settings)
@@ -93,6 +97,8 @@ class Loop:
         self.position = Position()
         self.ema: MovingAverage | None = None
         self._shown = shown and self.is_main
+        self._pace = Pace(settings.batch_size)
+        self._profile = Profile(folder.path if folder is not None and profile and self.is_main else None)
 
     def run(self) -> Outcome:
         """Train to the end, from the folder's checkpoint if it holds one."""
@@ -113,7 +119,7 @@ class Loop:
         self._records = Records(
             self.folder if self.is_main else None, self.position, self.steps_per_epoch, self.settings.tensorboard
         )
-        with self._display, self._records:
+        with self._display, self._records, self._profile:
             self._started = self._saved = time.monotonic()
             for index in range(first, len(self.phases)):
                 if index > first:
@@ -163,12 +169,12 @@ class Loop:
         if checkpoint is not None:
             resume_training(checkpoint, stepper.optimizer, self.ema)
         batches = self.feed.training(position.total_step)
-        ticks = time.monotonic()
+        self._pace.resume()
         while position.step < num_steps:
             factor = lr_factor(position.step, num_steps, settings)
             objective.set_progress(position.step / num_steps, position.total_step)
             seed_step(settings.seed, position.total_step, self.accelerator.process_index)
-            images, labels = next(batches)
+            images, labels = self._pace.take(batches)
             shares = self._shares(objective, images, labels)
             epoch = position.total_step // self.steps_per_epoch
             losses, taken = stepper(images, labels, factor, f"epoch {epoch}, step {position.total_step}")
@@ -181,13 +187,12 @@ class Loop:
             position.step += 1
             position.total_step += 1
             position.bad_in_a_row, position.skipped = stepper.guard.in_a_row, stepper.guard.skipped
-            now = time.monotonic()
-            self._display.step(phase.name, float(losses["loss"]), settings.batch_size / max(now - ticks, 1e-9))
-            ticks = now
+            self._display.step(phase.name, float(losses["loss"]), self._pace.step())
+            self._profile.step()
             if shares:
                 self._records.write("shares", phase.name, **shares)
             self._after_step(objective, stepper.optimizer, losses, factor)
-            ticks += time.monotonic() - now
+            self._pace.resume()
 
     def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What each term contributes to this step's gradient, where it is time to measure it; changes nothing."""
@@ -207,7 +212,7 @@ class Loop:
         is_last = position.step == self.phase_steps[position.phase]
         ends_epoch = position.total_step % self.steps_per_epoch == 0
         if position.step == 1 or position.total_step % min(LOG_EVERY, max(self.steps_per_epoch // 4, 1)) == 0:
-            values = {name: float(value) for name, value in losses.items()}
+            values = {name: float(value) for name, value in losses.items()} | self._pace.report()
             values |= {f"report/{name}": value for name, value in objective.networks.report().items()}
             self._records.write("train", phase, lr=settings.lr * lr_factor, **values)
         if is_last or (ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0):

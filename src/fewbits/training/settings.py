@@ -33,6 +33,8 @@ class Settings(Checked):
         device: auto, cpu or cuda.
         compile: compile the objective.
         channels_last: keep images and kernels in that memory format.
+        recompute: quantize the layers' inputs again in the backward pass instead of keeping them: less memory, the same
+            results. A compiled objective decides that by itself.
         processes: processes that must take part; fewer is an error. None takes what the launcher started.
         seed: of the data order, augmentation and dropout.
         deterministic: ask PyTorch for deterministic algorithms.
@@ -61,6 +63,7 @@ class Settings(Checked):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     channels_last: bool = False
+    recompute: bool = False
     processes: PositiveInt | None = None
     seed: Seed = 0
     deterministic: bool = False

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..distill import Losses, Objective
+from ..layers import recomputing
 from .bounds import bound_steps
 from .guard import StepGuard
 from .settings import Settings
@@ -40,6 +41,7 @@ class Stepper:
         bound_steps(self.optimizer, objective)
         self._objective, self._settings, self._accelerator = objective, settings, accelerator
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        recomputing(objective, settings.recompute)
         self._model = prepare(objective, settings, accelerator)
 
     def __call__(self, images: Tensor, labels: Tensor, lr_factor: float, where: str) -> tuple[dict[str, Tensor], bool]:
