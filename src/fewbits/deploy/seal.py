@@ -1,7 +1,8 @@
-"""Which student a file was exported from: a checksum of its state, of the normalisation and of what the file says."""
+"""Which student a file was exported from: a checksum of its numbers, of the normalisation and of what the file says."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from ..layers import QuantLayer
 from .engines import ENGINE
 from .prepare import trained_with
 from .variants import VARIANT, VARIANTS, variant_of
@@ -26,13 +28,24 @@ LENGTH = 16
 
 
 def digest(student: nn.Module, normalisation: Normalisation | None) -> str:
-    """SHA-256 of every tensor of the student's state, in order, as it is exported, and of the normalisation."""
+    """SHA-256 of what is exported: quantized weights as their values, all else of the state, and the normalisation.
+
+    So a network that was packed and loaded is the student that it came from.
+    """
+    network = copy.deepcopy(student).cpu().float().eval()
+    state, quantized = dict(network.state_dict()), dict[str, torch.Tensor]()
+    with torch.no_grad():
+        for name, layer in network.named_modules():
+            if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None and layer.weight_quantizer.enabled:
+                prefix = f"{name}." if name else ""
+                own = f"{prefix}weight_quantizer."
+                state = {key: tensor for key, tensor in state.items() if not key.startswith(own)}
+                # Zero has a sign, and codes have not.
+                quantized[f"{prefix}weight"] = layer.weight_quantizer(layer.weight) + 0.0
     found = hashlib.sha256(repr(normalisation and (normalisation.mean, normalisation.std)).encode())
-    for name, tensor in student.state_dict().items():
-        held = tensor.detach().cpu()
-        held = held.float() if held.is_floating_point() else held
-        found.update(f"{name} {held.dtype} {tuple(held.shape)} ".encode())
-        found.update(held.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted((state | quantized).items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
