@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from fewbits.commands import ship
+from fewbits.commands.kernels import together
 from fewbits.deploy import Exported, export, prove
 from fewbits.deploy.placement import misplaced
 
@@ -361,3 +362,8 @@ def test_the_command_says_what_tensorrt_would_not_take():
     assert "Add behind a, Add behind b: in float" in text.getvalue()
     assert "2 places break its rules; read from the graph, TensorRT itself was not run" in text.getvalue()
     assert ship.default_name("onnxruntime", None, "qdq") == "student-qdq.onnx"
+
+
+def test_a_reason_that_many_layers_share_is_said_once():
+    rows = [{"name": name, "note": note} for name, note in (("a", "wide"), ("b", ""), ("c", "odd"), ("d", "wide"))]
+    assert together(rows, "note") == ["a, d: wide", "c: odd"]

@@ -40,6 +40,15 @@ def measure(run: Path, threads: Sequence[int], repeats: int, data_root: Path | N
     return rows
 
 
+def together(layers: Iterable[Mapping[str, Any]], key: str) -> list[str]:
+    """What is said of layers under ``key``, each reason once behind all layers that it is true of."""
+    names: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.get(key):
+            names.setdefault(layer[key], []).append(layer["name"])
+    return [f"{', '.join(found)}: {why}" for why, found in names.items()]
+
+
 def explained(layers: Iterable[Mapping[str, Any]]) -> list[str]:
     """Kernels and why they were chosen, layers with the same reasons together."""
     together: dict[tuple[str, str], list[str]] = {}

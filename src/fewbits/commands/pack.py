@@ -43,14 +43,16 @@ def pack(config: Pack) -> Packed:
         ParityError: what was read back is not the student; no file is left.
     """
     from ..deploy import pack as pack_student
+    from ..deploy.packed_file import PACKED_FILE
 
     student, _ = load_run(config.run)
     data = read_json(config.run / RUN)["data"]
     sizes = (NUM_IMAGES, data["channels"], data["image_size"], data["image_size"])
     images = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
-    path = config.output or config.run / "student-packed.safetensors"
+    path = config.output or config.run / PACKED_FILE
     packed = pack_student(student, path, run=config.run, example=images)
     size = f"{packed.size_bytes:,} bytes, float {packed.float_bytes:,} ({packed.float_bytes / packed.size_bytes:.1f}x)"
-    bits = f"theoretical size of its bits {packed.theoretical_bytes:,}; {packed.num_layers} layers packed"
+    bits = f"theoretical size of its bits {packed.theoretical_bytes:,}, with running statistics {packed.saved_bytes:,}"
+    bits += f"; {packed.num_layers} layers packed"
     Console(soft_wrap=True).print(f"{packed.path}: {size}, {bits}", highlight=False, markup=False)
     return packed

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..convert import Plan, plan_of
 from ..data import Dataset, Normalisation
 from ..training import accuracy
-from .kernels import explained
+from .kernels import explained, together
 from .machine import machine
 from .runs import load_run, run_data, with_frozen_ranges
 
@@ -157,17 +157,16 @@ def _export_table(report: dict[str, Any]) -> Table:
         _add_placement(table, report["misplaced"])
         return table
     faster = [layer for layer in kernels if layer.get("reason") == FASTER]
-    reasons = [f"{layer['name']}: {layer['reason']}" for layer in kernels if layer.get("reason") not in ("", FASTER)]
-    on_integers = f"{len(kernels) - len(reasons) - len(faster)} of {len(kernels)}"
+    in_float = [layer for layer in kernels if layer.get("reason") not in ("", FASTER)]
+    on_integers = f"{len(kernels) - len(in_float) - len(faster)} of {len(kernels)}"
     by_choice = f", and {len(faster)} in float by choice, which is faster here" if faster else ""
     table.add_row("layers on integer kernels", on_integers + by_choice)
     for line in explained(kernels):
         table.add_row("kernel", line)
-    for reason in reasons:
-        table.add_row("in float", reason)
-    for layer in kernels:
-        if layer.get("note"):
-            table.add_row("not on the binary kernel", f"{layer['name']}: {layer['note']}")
+    for line in together(in_float, "reason"):
+        table.add_row("in float", line)
+    for line in together(kernels, "note"):
+        table.add_row("not on the binary kernel", line)
     return table
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from .. import checks
-from ..convert import plan_of, quantizer_keys, quantizers_of
+from ..convert import plan_of, quantizers_of
 from ..layers import QuantLayer
 from .choosing import Source
 from .choosing import choices as choose_kernels
@@ -23,6 +23,7 @@ from .kernels import Choice
 from .prepare import prepare
 from .result import Exported, LayerRow
 from .seal import digest, sealed
+from .sizes import FLOAT_BITS, sizes
 from .variants import PACKED, VARIANTS
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 CARE = "care"
 """Key in a file's metadata: the layers that were given more than the plain way, see ``fold.Care``."""
 
-FLOAT_BITS = 32
 DYNAMIC = "the range of its input is found anew in every batch; freeze_ranges makes another method of it, on integers"
 MINIMUM_EQUAL = 0.995
 """Share of equal predictions; where PyTorch disagrees with itself about as much, see ``parity.check``."""
@@ -122,7 +122,7 @@ def export(
         # The file that names the others comes last.
         for file in reversed(files):
             os.replace(file, target.parent / file.name)
-    theoretical, full = _sizes(network)
+    theoretical, full = sizes(network)
     return Exported(
         path=target,
         size_bytes=size,
@@ -210,13 +210,3 @@ def _dynamic(network: nn.Module) -> tuple[str, ...]:
 def _bits(layer: QuantLayer) -> tuple[int, int]:
     weight, activation = layer.weight_quantizer, layer.input_quantizer
     return weight.bits if weight else FLOAT_BITS, activation.bits if activation else FLOAT_BITS
-
-
-def _sizes(network: nn.Module) -> tuple[int, int]:
-    """Bytes of all parameters with each weight at its bits, and with everything but quantizers at 32."""
-    bits = {id(m.weight): _bits(m)[0] for m in network.modules() if isinstance(m, QuantLayer)}
-    own = quantizer_keys(network)
-    parameters = dict(network.named_parameters())
-    theoretical = sum(p.numel() * bits.get(id(p), FLOAT_BITS) for p in parameters.values())
-    full = sum(p.numel() * FLOAT_BITS for name, p in parameters.items() if name not in own)
-    return (theoretical + 7) // 8, full // 8

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..convert import plan_of, quantize, quantizer_keys, quantizers_of
+from ..convert import plan_of, quantize, quantizers_of
 from ..data import Normalisation
 from ..layers import QuantLayer
 from ..quantizers.packed import INFERENCE, PackedWeight
@@ -27,6 +27,7 @@ from ..training.folder import RUN, as_data
 from .packed_file import FORMAT, by_type, codes_of, content, file_name, layout, left_out, others_of, packed_layers, read
 from .packing import packed_size, unpack
 from .result import ParityError
+from .sizes import sizes
 
 SUFFIX = ".safetensors"
 DESCRIBED = ("model", "blocks", "recipe_name", "recipe_options", "data", "normalisation")
@@ -43,14 +44,17 @@ class Packed:
     Args:
         path: of the file.
         size_bytes: of the file.
-        theoretical_bytes: every quantized weight at its bits, every other saved number at 32.
-        float_bytes: every number of the network without its quantizers at 32 bits.
+        theoretical_bytes: every quantized weight at its bits, every other parameter at 32, see ``sizes``.
+        saved_bytes: every packed weight, and all else that is saved at 32: running statistics too, and scales that a
+            quantizer works out.
+        float_bytes: every parameter of the network without its quantizers at 32 bits.
         num_layers: with packed weights.
     """
 
     path: Path
     size_bytes: int
     theoretical_bytes: int
+    saved_bytes: int
     float_bytes: int
     num_layers: int
 
@@ -102,7 +106,8 @@ def pack(
             raise ParityError(f"the packed network is not the student, or it holds NaN: {error}") from error
         size = draft.stat().st_size
         os.replace(draft, target)
-    return Packed(target, size, *_sizes(network), num_layers=sum(1 for _ in packed_layers(network)))
+    (theoretical, full), count = sizes(student), sum(1 for _ in packed_layers(network))
+    return Packed(target, size, theoretical, _saved(network), full, count)
 
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -253,15 +258,11 @@ def _refuse_training(network: nn.Module, args: tuple[Any, ...]) -> None:
         raise ValueError(INFERENCE)
 
 
-def _sizes(network: nn.Module) -> tuple[int, int]:
-    """Theoretical bytes and float bytes, see ``Packed``."""
+def _saved(network: nn.Module) -> int:
+    """See ``Packed``."""
     layers = {id(layer.weight): layer for _, layer in packed_layers(network)}
     packed = sum(packed_size(layer.weight.numel(), codes_of(layer).bits) for layer in layers.values())
-    others = sum(t.numel() for t in others_of(network).values() if t.is_floating_point())
-    saved = network.state_dict().keys() - quantizer_keys(network)
-    every = [*network.named_parameters(), *network.named_buffers()]
-    full = sum(t.numel() for name, t in every if name in saved and t.is_floating_point())
-    return packed + 4 * others, 4 * full
+    return packed + 4 * sum(t.numel() for t in others_of(network).values() if t.is_floating_point())
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

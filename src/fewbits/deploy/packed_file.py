@@ -26,6 +26,9 @@ from .packing import pack
 
 FORMAT = 1
 HEADER = "fewbits_packed"
+PACKED_FILE = "student-packed.safetensors"
+"""What ``fewbits pack`` calls the file in a run folder."""
+
 SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps", "negative_slope")
 """Of layers, where they have them: what changes their results without changing a shape."""
 
@@ -50,6 +53,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: it is missing, damaged, foreign, or of another format.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; give the file in it that fewbits pack wrote, for a run {path / PACKED_FILE}"
+        )
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a file that fewbits pack wrote")
     try:
