@@ -14,8 +14,9 @@ from torch import nn
 import fewbits as fb
 from fewbits.commands import kernels as command
 from fewbits.commands.ship import default_name
-from fewbits.deploy import choosing, export, kernels, layer_times, measure_kernels, prove
+from fewbits.deploy import choosing, export, kernels, layer_times, measure_kernels, prove, seal
 from fewbits.deploy.candidates import Candidates, candidates
+from fewbits.deploy.engines import ENGINES
 from fewbits.deploy.kernels import FASTER, PREFERENCE, Choice, choose
 from fewbits.deploy.prepare import prepare
 from fewbits.layers import QuantConv2d
@@ -287,7 +288,14 @@ def test_a_file_that_asks_for_an_impossible_kernel_is_refused(students, table: P
     made = export(students["4/4"], tmp_path / "s.xml", example=images(), normalisation=None, engine="openvino")
     text = made.path.read_text()
     assert "float&quot;" in text
-    made.path.write_text(text.replace("float&quot;", "planes&quot;"))
+    changed = text.replace("float&quot;", "planes&quot;")
+    made.path.write_text(changed)
+    with pytest.raises(ValueError, match="or is damaged; export again"):
+        prove(students["4/4"], made.path, example=images(), normalisation=None)
+    # A version that gave the layer this kernel would have sealed it.
+    metadata = ENGINES["openvino"].metadata(made.path)
+    again = seal.sealed(metadata, seal.digest(students["4/4"], None))
+    made.path.write_text(changed.replace(metadata[seal.SEAL], again[seal.SEAL]))
     with pytest.raises(ValueError, match="'layer' has the kernel 'planes', and here it can have int8, float"):
         prove(students["4/4"], made.path, example=images(), normalisation=None)
 
