@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from fewbits.training.checkpoint import (
     load_networks,
     load_optimizer_state,
     optimizer_state,
+    read_tensors,
     save_tensors,
     write_file,
 )
@@ -267,3 +270,27 @@ def test_an_optimizer_goes_on_with_the_same_bits(kind: str):
     load_optimizer_state(fresh, {name: t.clone() for name, t in tensors.items()}, values)
     steps(other, fresh, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_as_one(tmp_path: Path):
+    """Found: the header of one checkpoint went with the tensors of the next, which was smaller."""
+    for size, name in ((4, "small"), (4000, "large")):
+        save_tensors(tmp_path / name, {"x": torch.full((size,), float(size))}, {"size": str(size)})
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for name in ("small", "large"):
+                shutil.copy(tmp_path / name, tmp_path / "new")
+                os.replace(tmp_path / "new", tmp_path / "file")
+
+    shutil.copy(tmp_path / "small", tmp_path / "file")
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(1000):
+            tensors, metadata = read_tensors(tmp_path / "file")
+            assert tensors["x"].tolist() == [float(metadata["size"])] * int(metadata["size"])
+    finally:
+        stop.set()
+        thread.join()
