@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,19 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise missing(error, "openvino") from error
     return openvino
+
+
+@cache
+def cpu_core() -> openvino.Core:
+    """The one core that compiles networks here, alive as long as the process.
+
+    With its first network a core gives the thread another stack for signals, and takes it away when it dies. Of two
+    that die in the order in which they were made, the second leaves the first one's behind, which is no memory any
+    more, and the next signal that has a handler ends the process without a word (SIGCHLD, where a data loader of
+    PyTorch was at work and any child process ends).
+    """
+    core: openvino.Core = import_openvino().Core()
+    return core
 
 
 def convert(proto: onnx.ModelProto) -> openvino.Model:
@@ -137,7 +151,7 @@ class Compiled:
 
     def __init__(self, model: openvino.Model | Path, *, threads: int = 1) -> None:
         self.name = model.name if isinstance(model, Path) else "the model"
-        self.core = import_openvino().Core()
+        self.core = cpu_core()
         # In float32 even where the processor has bfloat16, which OpenVINO would take there by itself.
         self.options = {
             "INFERENCE_NUM_THREADS": threads,
