@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -63,6 +64,7 @@ class Row:
         bits: of weights and activations.
         recipe: of ours; anything but plain has a teacher of the student's architecture.
         compiled, channels_last, bf16, recompute: how it runs.
+        kept: whether the teacher's answers are read from disk (``teacher_cache``) instead of asked for.
         residual: whether residual streams have 8 bits, as by our default, or float shortcuts, as peers and papers have.
         quick: whether ``--quick`` measures it.
     """
@@ -74,6 +76,7 @@ class Row:
     channels_last: bool = False
     bf16: bool = False
     recompute: bool = False
+    kept: bool = False
     residual: bool = True
     quick: bool = True
 
@@ -84,6 +87,7 @@ class Row:
         bits = f" {self.bits}/{self.bits}" if self.who not in ("float", "fewbits") else ""
         recipe = f" {self.recipe}" if self.recipe != "plain" else ""
         ways = {"float shortcuts": not self.residual, "compiled": self.compiled}
+        ways |= {"answers kept": self.kept}
         ways |= {"channels-last": self.channels_last, "bf16": self.bf16, "recompute": self.recompute}
         return f"{self.who}{quantizer}{bits}{recipe}" + "".join(f" {way}" for way, on in ways.items() if on)
 
@@ -102,7 +106,9 @@ def rows() -> list[Row]:
         replace(ours, channels_last=True),
         replace(ours, **fastest),
         replace(ours, recipe="logits"),
+        replace(ours, recipe="logits", kept=True),
         replace(ours, recipe="logits", compiled=True),
+        replace(ours, recipe="logits", compiled=True, kept=True),
         replace(ours, recipe="logits", **fastest),
     ]
     others = ("features", "ftl", "two-stage", "stochastic", "joint", "qfd", "blockwise", "dtq")
@@ -299,16 +305,34 @@ def our_step(network: Network, row: Row, images: Any, labels: Any) -> Callable[[
         if phase < last:
             objective.close()
     assert objective is not None
-    stepper = Stepper(objective, settings, make_accelerator(settings))
+    accelerator = make_accelerator(settings)
+    stepper = Stepper(objective, settings, accelerator)
+    answered = kept_answers(objective, settings, accelerator, images, labels) if row.kept else tuple
     taken = 0
 
     def step() -> None:
         nonlocal taken
         objective.set_progress(0.5, taken)
-        stepper(images, labels, 1.0, f"step {taken}")
+        stepper(images, labels, 1.0, f"step {taken}", answered())
         taken += 1
 
     return step
+
+
+def kept_answers(objective: Any, settings: Any, accelerator: Any, images: Any, labels: Any) -> Callable[[], Any]:
+    """The teacher's answers to this batch, read from disk and checked each time, as ``fit`` does it."""
+    import torch
+
+    import fewbits as fb
+    from fewbits.training.feed import Batch, Feed
+    from fewbits.training.teacher_cache import TeacherCache
+
+    pixels = (images.contiguous().clamp(0, 1), labels)
+    data = fb.data.Dataset.from_tensors("one batch", train=pixels, test=pixels)
+    feed = Feed(data, data.normalisation, settings, accelerator)
+    cache = TeacherCache(Path(tempfile.mkdtemp()), objective, feed, settings)
+    batch = Batch(images, labels, torch.arange(len(images)))
+    return lambda: cache(batch)
 
 
 def table(measured: Sequence[Measured]) -> str:

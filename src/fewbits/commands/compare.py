@@ -185,9 +185,10 @@ def _teacher(config: Compare, seed: int, data: Dataset) -> Path | None:
     if not (folder / STUDENT).exists():
         Console(stderr=True, quiet=not config.progress).print(f"training the float network in {folder}")
     settings = replace(config.settings, epochs=config.teacher_epochs, seed=seed, gradient_shares=0)
+    base = replace(_train(config), teacher_cache=None)
     # Double shortcuts are the students': they start from the plain network, which stays their teacher.
     bits = Bits()
-    trained(replace(_train(config), recipe="float", bits=bits, output=folder, resume=True, settings=settings), data)
+    trained(replace(base, recipe="float", bits=bits, output=folder, resume=True, settings=settings), data)
     return folder
 
 
@@ -202,6 +203,7 @@ def _run(config: Compare, arm: Contender, seed: int, teacher: Path | None) -> Tr
         teacher=teacher if arm.recipe.quantized or arm.recipe.teacher.needs_teacher else None,
         output=_folder(config, arm, seed),
         resume=True,
+        teacher_cache=config.teacher_cache if arm.recipe.has_steady_teacher else None,
         settings=replace(config.settings, seed=seed, epochs=config.settings.epochs * factor),
     )
 

@@ -54,6 +54,8 @@ class Train:
         progress: show a progress bar; --no-progress does not.
         profile: leave a trace of a few early steps (profile.json.gz, for chrome://tracing) and their ten most expensive
             operators (profile.txt) in the run folder.
+        teacher_cache: keep a frozen teacher's answers in this folder, so that a picture that comes again, in a later
+            epoch or another run, costs no pass of the teacher.
         settings: of the training loop.
     """
 
@@ -74,6 +76,7 @@ class Train:
     per_class: int = 0
     progress: bool = True
     profile: bool = False
+    teacher_cache: Path | None = None
     settings: Settings = field(default_factory=Settings)
 
     def folder(self) -> Path:
@@ -185,6 +188,7 @@ def trained(config: Train, data: Dataset | None = None) -> Result:
         resume=config.resume,
         progress=config.progress,
         profile=config.profile,
+        teacher_cache=config.teacher_cache,
         description={
             "command": "train",
             "model": config.model,

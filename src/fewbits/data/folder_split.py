@@ -1,5 +1,6 @@
 """Image files that worker processes decode while the network trains."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +132,11 @@ class FolderSplit(Split):
 
     def subset(self, indices: Tensor) -> "FolderSplit":
         return replace(self, paths=tuple(self.paths[index] for index in indices.tolist()), labels=self.labels[indices])
+
+    def digest(self) -> str:
+        """Of the files' paths, sizes and times of change, not of what is in them."""
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        return hashlib.sha256(repr((files, self.labels.tolist(), self.image_size)).encode()).hexdigest()
 
     def _read(
         self, plan: Sequence[Tensor], normalisation: Normalisation, augment: Augment, seed: int, epoch: int

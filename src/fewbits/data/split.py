@@ -1,5 +1,6 @@
 """A labelled set of images that is read in batches, the same ones however many processes share them."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,10 @@ class Split(ABC):
         """The samples at these int64 indices, in this order."""
 
     @abstractmethod
+    def digest(self) -> str:
+        """A number that tells this split from any other: of the pixels, or of the files that hold them."""
+
+    @abstractmethod
     def _read(
         self, plan: Sequence[Tensor], normalisation: Normalisation, augment: Augment, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,6 +151,13 @@ class TensorSplit(Split):
 
     def subset(self, indices: Tensor) -> "TensorSplit":
         return TensorSplit(self.images[indices], self.labels[indices], self.image_size)
+
+    def digest(self) -> str:
+        described = f"{self.images.dtype} {tuple(self.images.shape)} {self.image_size}"
+        found = hashlib.sha256(described.encode())
+        for tensor in (self.images, self.labels):
+            found.update(tensor.contiguous().numpy().data)
+        return found.hexdigest()
 
     def _read(
         self, plan: Sequence[Tensor], normalisation: Normalisation, augment: Augment, seed: int, epoch: int

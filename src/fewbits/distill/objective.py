@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from ..checks import NonNegative, UnitInterval, checked
 from ..precision import Precision, draw_precision, fragments_of, set_precision
 from ..quantizers import Quantizer
 from .base import Group, NetworkName, Networks, Phase, Step, Tap, Term
+from .parameters import by_kind
 from .routing import BlockInputs
 from .taps import Taps
 
@@ -66,6 +67,7 @@ class Objective(nn.Module):
             networks.network(network)
         for network in self._trained:
             _check_trainable(networks.network(network), network)
+        self._asked = self._questions()
         self._block_inputs = BlockInputs(phase.routing, networks)
         self._hooks = Taps([tap for taps in self._taps.values() for tap in taps], networks.student, networks.teacher)
         self._frozen = self._freeze()
@@ -87,22 +89,55 @@ class Objective(nn.Module):
     def _taught(self) -> NetworkName:
         return "student" if "student" in self._trained else "teacher"
 
-    def forward(self, images: Tensor, targets: Any) -> Losses:
+    def forward(self, images: Tensor, targets: Any, answers: tuple[Tensor, ...] = ()) -> Losses:
         """Losses of one batch.
 
         Args:
             images: N x C x H x W, normalised.
             targets: labels, int64, N.
+            answers: of the teacher to these images, see ``teach``, so that it need not run; by default it runs.
         """
-        values, logits = self.terms(images, targets)
+        values, logits = self.terms(images, targets, answers)
         total = torch.stack([self._names[name].weight * value for name, value in values.items()]).sum()
         return Losses(total, {name: value.detach() for name, value in values.items()}, logits[self._taught].detach())
 
-    def terms(self, images: Tensor, targets: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Names of what the terms read of a teacher whose answers depend on the images alone; else none.
+
+        There are none without a teacher, with one that is trained along, and where the student's blocks take what the
+        teacher's took.
+        """
+        return tuple("logits" if asked == "logits" else f"{asked.module}.{asked.side}" for asked in self._asked)
+
+    def _questions(self) -> tuple[Tap | Literal["logits"], ...]:
+        if "teacher" not in self._runs - self._trained or self.phase.routing == "teacher_input":
+            return ()
+        of_logits = any("teacher" in term.logits() for term in self._names.values())
+        tapped = (tap for taps in self._taps.values() for tap in taps if tap.network == "teacher")
+        return (*(("logits",) if of_logits else ()), *dict.fromkeys(tapped))
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the teacher answers: one tensor for each of ``answers``, to be kept and given to ``forward`` again.
+
+        Args:
+            images: N x C x H x W, normalised.
+
+        Returns:
+            Tensors whose first dimension is N.
+        """
+        logits = self.networks.network("teacher")(images)
+        given: dict[Any, Tensor] = {"logits": logits, **self._hooks.collect()}
+        return tuple(given[asked] for asked in self._asked)
+
+    def terms(
+        self, images: Tensor, targets: Any, answers: tuple[Tensor, ...] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Each term by name, unweighted, with its gradient; and the logits of the networks that ran."""
         logits: dict[str, Tensor] = {}
         with self._block_inputs.exchanged():
-            if "teacher" in self._runs:
+            if "teacher" in self._runs and not answers:
                 teacher = self.networks.network("teacher")
                 if "teacher" in self._trained:
                     logits["teacher"] = teacher(images)
@@ -117,7 +152,12 @@ class Objective(nn.Module):
                     f"the {name} must return its logits, a tensor N x C, got {type(given).__name__}; wrap it in a "
                     "module that returns them alone"
                 )
-        step = Step(targets, logits, self._hooks.collect())
+        features: dict[Any, Tensor] = self._hooks.collect()
+        if answers:
+            features |= dict(zip(self._asked, answers, strict=True))
+            if "logits" in features:
+                logits["teacher"] = features.pop("logits")
+        step = Step(targets, logits, features)
         return {name: self._value(name, term, step) for name, term in self._names.items()}, logits
 
     def _value(self, name: str, term: Term, step: Step) -> Tensor:
@@ -144,7 +184,7 @@ class Objective(nn.Module):
         for group in self.phase.trains:
             network = self.networks.network(group.network)
             rate = lr * group.lr
-            for (kind, own_rate), params in _split(network).items():
+            for (kind, own_rate), params in by_kind(network).items():
                 is_quantizer = kind.startswith("quantizer")
                 kind_lr = rate * own_rate * (group.quantizer_lr if is_quantizer else 1)
                 decays = kind == "quantizer_decayed" or (kind == "weights" and group.network not in drawn)
@@ -216,7 +256,7 @@ class Objective(nn.Module):
 
 
 def _check_trainable(network: nn.Module, name: NetworkName) -> None:
-    if not any(kind in ("weights", "no_decay") for kind, _ in _split(network)):
+    if not any(kind in ("weights", "no_decay") for kind, _ in by_kind(network)):
         raise ValueError(
             f"no weight of the {name} requires a gradient, so this phase would train nothing; call "
             f"{name}.requires_grad_(True) (quantize() keeps what the float network had)"
@@ -233,27 +273,6 @@ def _unique_names(terms: tuple[Term, ...]) -> dict[str, Term]:
             name += "_more"
         names[name] = term
     return names
-
-
-def _split(network: nn.Module) -> dict[tuple[str, float], list[nn.Parameter]]:
-    """A network's trainable parameters by kind and by the factor on the rate that their method asks for.
-
-    Kinds are weights, those that never decay, quantizers', and quantizers' that decay.
-    """
-    split: dict[tuple[str, float], list[nn.Parameter]] = {}
-    of_quantizers = {
-        id(parameter): ("quantizer_decayed" if name in quantizer.decayed else "quantizers", quantizer.rate)
-        for quantizer in network.modules()
-        if isinstance(quantizer, Quantizer)
-        for name, parameter in quantizer.named_parameters()
-    }
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            kind = "weights" if parameter.ndim > 1 else "no_decay"
-            split.setdefault(of_quantizers.get(id(parameter), (kind, 1.0)), []).append(parameter)
-    # In one order whatever stands first in a network: a checkpoint's optimizer state goes by it.
-    order = ("weights", "no_decay", "quantizers", "quantizer_decayed")
-    return dict(sorted(split.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])))
 
 
 __all__ = ["Group", "Losses", "Objective"]

@@ -148,6 +148,11 @@ class Recipe(Checked):
         )
         return (*before, *after)
 
+    @property
+    def has_steady_teacher(self) -> bool:
+        """Whether the student's teacher stays as it is while it teaches, so that its answers can be kept."""
+        return self.teacher.needs_teacher and not self.teacher.groups()
+
     def for_student(self, student: nn.Module) -> Recipe:
         """The same recipe without stages whose bits are not above the student's; a warning names them.
 

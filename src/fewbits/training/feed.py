@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..data import Dataset, Normalisation
+from ..data.augment import NONE
+from ..data.split import plan_batches
 from .settings import Settings
 from .setup import steps_per_epoch
 
 EVALUATION_BATCH = 500
 CALIBRATION_BATCHES = 2
+
+
+class Batch(NamedTuple):
+    """What a step is made of.
+
+    Args:
+        images: N x C x H x W, normalised.
+        labels: int64, N.
+        views: int64, N: which picture each one is. The same number is the same picture, whenever it comes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    views: Tensor
 
 
 class Feed:
@@ -34,25 +51,34 @@ class Feed:
         self.device = accelerator.device
         self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
 
-    def training(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def num_views(self) -> int:
+        """Different pictures in the whole run: augmented ones are others in each epoch."""
+        epochs = 1 if self.data.augment == NONE else math.ceil(self.settings.epochs)
+        return epochs * self.data.train.num_samples
+
+    def training(self, step: int) -> Iterator[Batch]:
         """This process's share of the training batches from ``step`` on, without end."""
         num_steps = steps_per_epoch(self.data, self.settings)
         while True:
             epoch, start = divmod(step, num_steps)
-            for images, labels in self.data.train.batches(
-                batch_size=self.settings.batch_size,
-                normalisation=self.normalisation,
-                augment=self.data.augment,
-                shuffle=True,
-                seed=self.settings.seed,
-                epoch=epoch,
-                start_batch=start,
-                rank=self.rank,
-                num_ranks=self.num_ranks,
-                drop_last=True,
+            order: dict[str, Any] = {
+                "batch_size": self.settings.batch_size,
+                "shuffle": True,
+                "seed": self.settings.seed,
+                "epoch": epoch,
+                "start_batch": start,
+                "rank": self.rank,
+                "num_ranks": self.num_ranks,
+                "drop_last": True,
+            }
+            batches = self.data.train.batches(normalisation=self.normalisation, augment=self.data.augment, **order)
+            first = 0 if self.data.augment == NONE else epoch * self.data.train.num_samples
+            for indices, (images, labels) in zip(
+                plan_batches(self.data.train.num_samples, **order), batches, strict=True
             ):
                 step += 1
-                yield self._placed(images), labels.to(self.device)
+                yield Batch(self._placed(images), labels.to(self.device), first + indices)
 
     def plain(self, num: int) -> Iterator[Tensor]:
         """Training images, the same in every process, from beyond the epochs that are trained on."""

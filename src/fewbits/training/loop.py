@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from .schedules import lr_factor, phase_steps, spread_steps
 from .settings import Settings
 from .setup import make_accelerator, steps_per_epoch
 from .step import Stepper, seed_step
+from .teacher_cache import TeacherCache
 
 LOG_EVERY = 50
 """Most steps between records of the loss; a short epoch has four."""
@@ -72,6 +74,7 @@ class Loop:
         folder: where checkpoints and metrics go; None keeps nothing.
         shown: whether to show progress.
         profile: whether to leave a profile of a few steps in the folder.
+        teacher_cache: where a frozen teacher's answers are kept; None asks it again each time.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Loop:
         folder: RunFolder | None = None,
         shown: bool = True,
         profile: bool = False,
+        teacher_cache: Path | None = None,
     ) -> None:
         self.student, self.teacher, self.recipe, self.settings, self.folder = student, teacher, recipe, settings, folder
         self.accelerator = make_accelerator(settings)
@@ -96,6 +100,7 @@ class Loop:
         self.phase_steps = phase_steps(tuple(phase.share for phase in self.phases), self.num_steps)
         self.position = Position()
         self.ema: MovingAverage | None = None
+        self._teacher_cache = teacher_cache
         self._shown = shown and self.is_main
         self._pace = Pace(settings.batch_size)
         self._profile = Profile(folder.path if folder is not None and profile and self.is_main else None)
@@ -168,16 +173,20 @@ class Loop:
             self.ema = MovingAverage(objective.networks.student, settings.ema)
         if checkpoint is not None:
             resume_training(checkpoint, stepper.optimizer, self.ema)
+        self._cache = self._cache_of(objective)
         batches = self.feed.training(position.total_step)
         self._pace.resume()
         while position.step < num_steps:
             factor = lr_factor(position.step, num_steps, settings)
             objective.set_progress(position.step / num_steps, position.total_step)
             seed_step(settings.seed, position.total_step, self.accelerator.process_index)
-            images, labels = self._pace.take(batches)
+            batch = self._pace.take(batches)
+            images, labels, _ = batch
             shares = self._shares(objective, images, labels)
+            with self.accelerator.autocast():
+                answers = self._cache(batch) if self._cache is not None else ()
             epoch = position.total_step // self.steps_per_epoch
-            losses, taken = stepper(images, labels, factor, f"epoch {epoch}, step {position.total_step}")
+            losses, taken = stepper(images, labels, factor, f"epoch {epoch}, step {position.total_step}", answers)
             if taken:
                 position.saw(float(losses["loss"]))
                 if self.ema is not None:
@@ -193,6 +202,18 @@ class Loop:
                 self._records.write("shares", phase.name, **shares)
             self._after_step(objective, stepper.optimizer, losses, factor)
             self._pace.resume()
+
+    def _cache_of(self, objective: Objective) -> TeacherCache | None:
+        """The cache of a phase that has use for one."""
+        if self._teacher_cache is None:
+            return None
+        name = objective.phase.name
+        if not objective.answers:
+            self._display.say(f"{name} reads nothing of a teacher that stays as it is: no answers to keep")
+            return None
+        cache = TeacherCache(self._teacher_cache, objective, self.feed, self.settings)
+        self._display.say(f"{name} keeps its teacher's answers in {cache.path}: {cache.describe()}")
+        return cache
 
     def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What each term contributes to this step's gradient, where it is time to measure it; changes nothing."""
@@ -214,6 +235,8 @@ class Loop:
         if position.step == 1 or position.total_step % min(LOG_EVERY, max(self.steps_per_epoch // 4, 1)) == 0:
             values = {name: float(value) for name, value in losses.items()} | self._pace.report()
             values |= {f"report/{name}": value for name, value in objective.networks.report().items()}
+            if self._cache is not None:
+                values["pace/kept_answers"] = self._cache.share()
             self._records.write("train", phase, lr=settings.lr * lr_factor, **values)
         if is_last or (ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0):
             self._evaluate(objective, float(losses["loss"]))

@@ -44,7 +44,9 @@ class Stepper:
         recomputing(objective, settings.recompute)
         self._model = prepare(objective, settings, accelerator)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr_factor: float, where: str) -> tuple[dict[str, Tensor], bool]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, lr_factor: float, where: str, answers: tuple[Tensor, ...] = ()
+    ) -> tuple[dict[str, Tensor], bool]:
         """Take one step, unless its loss or gradient is not finite.
 
         Args:
@@ -52,6 +54,7 @@ class Stepper:
             labels: N.
             lr_factor: the schedule's, on every group's rate.
             where: epoch and step, for messages.
+            answers: of the teacher, where they are known; see ``Objective.teach``.
 
         Returns:
             The losses, see ``backward``; and whether the step was taken.
@@ -63,7 +66,7 @@ class Stepper:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * lr_factor
         self.guard.remember()
-        losses = backward(self._accelerator, self._model, images, labels, settings.accumulate)
+        losses = backward(self._accelerator, self._model, (images, labels, *answers), settings.accumulate)
         norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
         taken = self.guard.accept(losses["loss"], norm, where)
         if taken:
@@ -73,27 +76,27 @@ class Stepper:
 
 
 def backward(
-    accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, num_parts: int
+    accelerator: Accelerator, model: nn.Module, batch: tuple[Tensor, ...], num_parts: int
 ) -> dict[str, Tensor]:
     """Gradients of one step, in micro-batches.
 
     Args:
         accelerator: precision and processes.
         model: the objective, prepared.
-        images: of this process, N x C x H x W.
-        labels: N.
+        batch: images of this process, N x C x H x W, their labels, N, and the teacher's answers, if they are known.
         num_parts: micro-batches; it divides N.
 
     Returns:
         The loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
     """
     means: dict[str, Tensor] = {}
-    for part, (x, y) in enumerate(zip(images.chunk(num_parts), labels.chunk(num_parts), strict=True)):
+    parts = zip(*(whole.chunk(num_parts) for whole in batch), strict=True)
+    for part, (images, labels, *answers) in enumerate(parts):
         is_last = part == num_parts - 1
         hold = contextlib.nullcontext() if is_last else accelerator.no_sync(model)
         with hold:
             with accelerator.autocast():
-                losses: Losses = model(x, y)
+                losses: Losses = model(images, labels, tuple(answers))
             accelerator.backward(losses.total / num_parts)
         named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
         means = {name: means.get(name, 0) + value.float() / num_parts for name, value in named.items()}
