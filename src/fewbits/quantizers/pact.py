@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .base import Codes, Quantizer, QuantSpec
 from .rounding import positive, to_codes
 from .start import sample
+from .tiles import Out, in_tiles, indicator
 
 PAPER_START = 8.0
 START_QUANTILE = 0.999
@@ -20,28 +21,37 @@ class _ClippedRound(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Tensor, num_steps: int) -> Tensor:
         ctx.save_for_backward(x, alpha)
         step = alpha / num_steps
-        return to_codes(x, step, 0, num_steps).mul_(step)
+        (y,) = in_tiles(lambda v, out: (to_codes(v, step, 0, num_steps, out=out).mul_(step),), 1, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, alpha = ctx.saved_tensors
-        above = x >= alpha
-        inside = (x >= 0) & ~above
-        return grads[0] * inside, (grads[0] * above).sum(), None
+        return *_gradients(x, alpha, grads[0]), None
 
 
 class _Clipped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
         ctx.save_for_backward(x, alpha)
-        return torch.minimum(x.clamp(min=0.0), alpha)
+        (y,) = in_tiles(lambda v, out: (torch.clamp(v, min=0.0, out=out).clamp_(max=alpha),), 1, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, alpha = ctx.saved_tensors
-        above = x >= alpha
-        inside = (x >= 0) & ~above
-        return grads[0] * inside, (grads[0] * above).sum()
+        return _gradients(x, alpha, grads[0])
+
+
+def _gradients(x: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """``g * 1{0 <= x < alpha}``, and the sum of ``g * 1{x >= alpha}``."""
+
+    def elementwise(v: Tensor, g: Tensor, out_x: Out, out_share: Out) -> tuple[Tensor, Tensor]:
+        inside = indicator(torch.ge, v, 0).mul_(indicator(torch.lt, v, alpha))
+        return torch.mul(g, inside, out=out_x), torch.mul(g, indicator(torch.ge, v, alpha, out_share), out=out_share)
+
+    grad_x, share = in_tiles(elementwise, 2, x, grad)
+    return grad_x, share.sum()
 
 
 def pact(x: Tensor, alpha: Tensor, num_steps: int) -> Tensor:
