@@ -7,6 +7,8 @@ they cannot disagree about a tie.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,18 +95,20 @@ def positive(value: Tensor) -> Tensor:
     return kept
 
 
-class _SignClipped(torch.autograd.Function):
+class _Sign(torch.autograd.Function):
+    """Signs forward; backward the slope that the caller wants, a function of ``x`` alone."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.clip = clip
+        ctx.slope = slope
         (signs,) = in_tiles(lambda v, out: (_sign(v, out),), 1, x)
         return signs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, _within(v, ctx.clip), out=out),), 1, x, grads[0])
+        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, ctx.slope(v), out=out),), 1, x, grads[0])
         return grad, None
 
 
@@ -118,7 +122,17 @@ def _within(x: Tensor, clip: float) -> Tensor:
     return indicator(torch.le, x.abs(), clip)
 
 
-def sign_ste(x: Tensor, clip: float = 1.0) -> Tensor:
+def _below(x: Tensor, clip: float) -> Tensor:
+    """1 where ``abs(x) < clip``, else 0."""
+    return indicator(torch.lt, x.abs(), clip)
+
+
+def _tent(x: Tensor) -> Tensor:
+    """``2 - 2 abs(x)`` down to 0."""
+    return (2.0 - 2.0 * x.abs()).clamp_(min=0.0)
+
+
+def sign_ste(x: Tensor, clip: float = 1.0, *, strict: bool = False) -> Tensor:
     """Binarize to -1 or +1 with a clipped straight-through gradient.
 
     Forward:  q(x) = +1 if x >= 0 else -1
@@ -127,6 +141,7 @@ def sign_ste(x: Tensor, clip: float = 1.0) -> Tensor:
     Args:
         x: values, any shape.
         clip: half the width of the window that lets gradients pass; ``inf`` is the identity.
+        strict: whether the window's ends themselves are outside, abs(x) < clip.
 
     >>> x = torch.tensor([-2.0, 0.0, 0.5], requires_grad=True)
     >>> q = sign_ste(x)
@@ -134,7 +149,7 @@ def sign_ste(x: Tensor, clip: float = 1.0) -> Tensor:
     >>> q.tolist(), x.grad.tolist()
     ([-1.0, 1.0, 1.0], [0.0, 1.0, 1.0])
     """
-    signs: Tensor = _SignClipped.apply(x, clip)
+    signs: Tensor = _Sign.apply(x, partial(_below if strict else _within, clip=clip))
     return signs
 
 
@@ -172,25 +187,6 @@ def scaled_sign(x: Tensor, scale: Tensor, clip: float = 1.0) -> Tensor:
     return values
 
 
-def _tent(x: Tensor) -> Tensor:
-    """``2 - 2 abs(x)`` down to 0."""
-    return (2.0 - 2.0 * x.abs()).clamp_(min=0.0)
-
-
-class _SignPolynomial(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        (signs,) = in_tiles(lambda v, out: (_sign(v, out),), 1, x)
-        return signs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, _tent(v), out=out),), 1, x, grads[0])
-        return grad
-
-
 def sign_polynomial(x: Tensor) -> Tensor:
     """Binarize to -1 or +1 with Bi-Real Net's piecewise polynomial gradient (ECCV 2018, Eq. 7).
 
@@ -202,5 +198,5 @@ def sign_polynomial(x: Tensor) -> Tensor:
     >>> x.grad.tolist()
     [0.0, 1.0, 2.0]
     """
-    signs: Tensor = _SignPolynomial.apply(x)
+    signs: Tensor = _Sign.apply(x, _tent)
     return signs

@@ -97,18 +97,6 @@ class XNORWeight(_Binary):
         return y
 
 
-class _SignStrict(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return sign_ste(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grads[0] * (x.abs() < 1)
-
-
 class XNORActivation(_Binary):
     """XNOR-Net activations: sign(x), gradient 1{|x| < 1}. The map K of input magnitudes is left out, as is usual."""
 
@@ -116,8 +104,7 @@ class XNORActivation(_Binary):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the class."""
-        y: Tensor = _SignStrict.apply(x)
-        return y
+        return sign_ste(x, strict=True)
 
 
 class BiRealWeight(_Binary):
