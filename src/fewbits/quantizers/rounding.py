@@ -161,9 +161,10 @@ class _ScaledSign(torch.autograd.Function):
         return _sign(x).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        return grads[0] * _within(x, ctx.clip), (grads[0] * _sign(x)).sum_to_size(ctx.scale_shape), None
+        grad_scale = (grads[0] * _sign(x)).sum_to_size(ctx.scale_shape) if ctx.needs_input_grad[1] else None
+        return grads[0] * _within(x, ctx.clip), grad_scale, None
 
 
 def scaled_sign(x: Tensor, scale: Tensor, clip: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import Codes, Quantizer, QuantSpec, check_bits
 from .rounding import SMALLEST_STEP, scaled_sign, sign_polynomial, sign_ste
+from .tiles import indicator
 
 
 class _Binary(Quantizer):
@@ -75,7 +76,7 @@ class _XNORWeight(torch.autograd.Function):
         signs, grad = sign_ste(w), grads[0]
         rest = tuple(range(1, w.ndim))
         through_mean = signs * (grad * signs).mean(rest, keepdim=True)
-        return through_mean + alpha * grad * (w.abs() <= 1), None
+        return through_mean + alpha * grad * indicator(torch.le, w.abs(), 1), None
 
 
 class XNORWeight(_Binary):
