@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from fewbits.quantizers import Quantizer, QuantSpec, build, tiles
 from fewbits.quantizers.feature import FeatureQuantizer
@@ -220,3 +221,15 @@ def test_same_bits_under_autocast(name: str, role: str, bits: int, monkeypatch: 
     with torch.autocast("cpu", torch.bfloat16):
         fast = passed(make(name, role, bits, 2), x, g)
     assert_same_bits(fast, SLOW[name, role](x, g, 2**bits - 1))
+
+
+@every_case
+def test_only_the_input_is_kept(name: str, role: str, bits: int):
+    """Between forward and backward; the others have one number for the whole tensor or for a channel."""
+    x, _ = inputs(name, bits, (2, 3, 8, 8), "contiguous")
+    x.requires_grad_()
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = make(name, role, bits, 2)(x)
+    assert y.requires_grad
+    assert {tensor.data_ptr() for tensor in kept if tensor.numel() > 2} == {x.data_ptr()}

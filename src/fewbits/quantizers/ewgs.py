@@ -8,44 +8,84 @@ import torch
 from torch import Tensor, nn
 
 from .base import Codes, Engine, Quantizer, QuantSpec
-from .rounding import positive, to_codes
+from .rounding import codes_above, positive
 from .start import best_range, sample
+from .tiles import Out, in_tiles, indicator
 
 DELTA = 1e-3
 """The fixed scaling factor of the authors' scripts; the Hessian form needs a double backward."""
 
 
-class _ScaledRound(torch.autograd.Function):
-    """Codes of an interval. Saves the input alone and recomputes the rest."""
+class _LearnedInterval(torch.autograd.Function):
+    """Saves the input alone and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lower: Tensor, width: Tensor, delta: Tensor, num_steps: int) -> Tensor:
-        ctx.save_for_backward(x, lower, width, delta)
+    def forward(
+        ctx: Any, x: Tensor, lower: Tensor, width: Tensor, scale: Tensor, offset: Tensor, delta: Tensor, num_steps: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, lower, width, scale, delta)
         ctx.num_steps = num_steps
-        return to_codes(x - lower, width / num_steps, 0, num_steps)
+        step = width / num_steps
+        (y,) = in_tiles(
+            lambda v, out: (codes_above(v, lower, step, num_steps, out=out).mul_(scale).add_(offset),), 1, x
+        )
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x, lower, width, delta = ctx.saved_tensors
-        unit = (x - lower) / width
-        inside = (unit >= 0) & (unit <= 1)
-        rounded = to_codes(x - lower, width / ctx.num_steps, 0, ctx.num_steps) / ctx.num_steps
-        grad = grads[0] * ctx.num_steps
-        grad_unit = grad * (1 + delta * grad.sign() * (unit.clamp(0.0, 1.0) - rounded)) * inside / width
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, lower, width, scale, delta = ctx.saved_tensors
+        grad, num_steps = grads[0], ctx.num_steps
+        step = width / num_steps
+
+        def gradients(v: Tensor, g: Tensor, out_x: Out, out_share: Out) -> tuple[Tensor, Tensor]:
+            unit = torch.sub(v, lower).div_(width)
+            clipped = unit.clamp(0.0, 1.0)
+            inside = indicator(torch.eq, unit, clipped)
+            error = clipped.sub_(codes_above(v, lower, step, num_steps).div_(num_steps))
+            g = torch.mul(g, scale).mul_(num_steps)
+            factor = g.sign().mul_(delta).mul_(error).add_(1)
+            grad_x = torch.mul(g, factor, out=out_x).mul_(inside).div_(width)
+            return grad_x, torch.mul(grad_x, unit, out=out_share)
+
+        def scale_share(v: Tensor, g: Tensor, out: Out) -> tuple[Tensor]:
+            return (codes_above(v, lower, step, num_steps, out=out).mul_(g),)
+
         # unit = (x - lower) / width with width = upper - lower: d/dwidth at a fixed lower end is -unit / width,
         # and lower's share through the width is added by the caller's graph.
-        return grad_unit, -grad_unit.sum(), -(grad_unit * unit).sum(), None, None
+        grad_x, width_share = in_tiles(gradients, 2, x, grad)
+        grad_scale = in_tiles(scale_share, 1, x, grad)[0].sum() if ctx.needs_input_grad[3] else None
+        grad_offset = grad.sum() if ctx.needs_input_grad[4] else None
+        return grad_x, -grad_x.sum(), -width_share.sum(), grad_scale, grad_offset, None, None
 
 
-def ewgs_codes(x: Tensor, lower: Tensor, upper: Tensor, delta: Tensor, num_steps: int) -> Tensor:
-    """Codes of ``x`` in the learned interval, with element-wise gradient scaling (Eqs. 1, 2 and 7 of the paper).
+def ewgs(
+    x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, delta: Tensor, num_steps: int
+) -> Tensor:
+    """Quantize in a learned interval, with element-wise gradient scaling (Eqs. 1, 2 and 7 of the paper).
 
-    Forward:  round(clip((x - l) / (u - l), 0, 1) * num_steps), the step (u - l) / num_steps computed first
+    Forward:  scale * round(clip((x - l) / (u - l), 0, 1) * num_steps) + offset, the step (u - l) / num_steps computed
+              first
     Backward: the gradient g of the rounded value becomes g * (1 + delta * sign(g) * (x_n - x_q)); clip, l and u are
-              differentiated truly, so that clipped elements move neither l nor u
+              differentiated truly, so that clipped elements move neither l nor u; scale and offset as written
+
+    Args:
+        x: values, any shape, float32.
+        lower: ``l``, 0-d as all that follow.
+        upper: ``u``.
+        scale: between neighbouring values.
+        offset: the smallest value.
+        delta: from 0, which is straight through.
+        num_steps: 2**bits - 1.
+
+    >>> x = torch.tensor([-1.0, 0.4, 2.0], requires_grad=True)
+    >>> lower, upper, scale = (torch.tensor(v, requires_grad=True) for v in (0.0, 1.5, 0.5))
+    >>> y = ewgs(x, lower, upper, scale, torch.tensor(0.0), torch.tensor(0.0), 3)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist(), scale.grad.item()
+    ([0.0, 0.5, 1.5], [0.0, 1.0, 0.0], 4.0)
     """
-    codes: Tensor = _ScaledRound.apply(x, lower, positive(upper - lower), delta, num_steps)
-    return codes
+    y: Tensor = _LearnedInterval.apply(x, lower, positive(upper - lower), scale, offset, delta, num_steps)
+    return y
 
 
 class _EWGS(Quantizer):
@@ -65,14 +105,13 @@ class _EWGS(Quantizer):
         raise NotImplementedError
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """See ``ewgs_codes``."""
-        scale, offset = self._output()
-        return ewgs_codes(x, self.lower, self.upper, self.delta, self.num_steps) * scale + offset
+        """See ``ewgs``."""
+        return ewgs(x, self.lower, self.upper, *self._output(), self.delta, self.num_steps)
 
     def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 of the learned interval."""
         scale, offset = self._output()
-        codes = ewgs_codes(x, self.lower, self.upper, self.delta, self.num_steps)
+        codes = codes_above(x, self.lower, positive(self.upper - self.lower) / self.num_steps, self.num_steps)
         return Codes(codes.to(torch.int32), scale, offset, 0, self.num_steps)
 
 

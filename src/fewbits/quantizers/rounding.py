@@ -45,6 +45,15 @@ def to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound, *, out: Out = Non
     return codes.clamp_(low, high)
 
 
+def codes_above(x: Tensor, lower: Tensor, step: Tensor, num_steps: int, *, out: Out = None) -> Tensor:
+    """Codes of a grid that starts at ``lower``: ``clip(round((x - lower) / step), 0, num_steps)``.
+
+    >>> codes_above(torch.tensor([-1.0, 0.5, 1.5, 9.0]), torch.tensor(-1.0), torch.tensor(1.0), 3).tolist()
+    [0.0, 2.0, 2.0, 3.0]
+    """
+    return to_codes(torch.sub(x, lower, out=out), step, 0, num_steps, out=out)
+
+
 class _RoundToCodes(torch.autograd.Function):
     """Codes forward; straight through backward: d code / d x := 1 / step, everywhere."""
 
