@@ -233,3 +233,13 @@ def test_only_the_input_is_kept(name: str, role: str, bits: int):
         y = make(name, role, bits, 2)(x)
     assert y.requires_grad
     assert {tensor.data_ptr() for tensor in kept if tensor.numel() > 2} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7, 5, 5)])
+def test_count(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiles, "TILE", 16)
+    x = torch.randn(shape).relu()
+    for given in (x, x[..., ::2]):
+        number = tiles.count(torch.eq, given, torch.tensor(0.0))
+        assert number.dtype == torch.int64
+        assert number.item() == sum(v == 0 for v in given.flatten().tolist())
