@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .base import Codes, Engine, Quantizer
 from .rounding import SMALLEST_STEP, codes_ste, scaled_sign, sign_ste, to_codes
+from .tiles import Out, in_tiles, indicator
 
 
 class DoReFaWeight(Quantizer):
@@ -54,6 +57,31 @@ def _mean_magnitude(w: Tensor) -> Tensor:
     return w.detach().abs().mean().clamp(min=SMALLEST_STEP)
 
 
+class _UnitRound(torch.autograd.Function):
+    """Values of the unit interval's grid. Saves the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, num_steps: int) -> Tensor:
+        ctx.save_for_backward(x, step)
+        (y,) = in_tiles(lambda v, out: (_unit_codes(v, step, num_steps, out).mul_(step),), 1, x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, step = ctx.saved_tensors
+
+        def gradient(v: Tensor, g: Tensor, out: Out) -> tuple[Tensor]:
+            # What the codes get, times dcode/dx: in float32 not always g again.
+            return (torch.mul(g, step, out=out).div_(step).mul_(indicator(torch.eq, v, v.clamp(0.0, 1.0))),)
+
+        return in_tiles(gradient, 1, x, grads[0])[0], None, None
+
+
+def _unit_codes(x: Tensor, step: Tensor, num_steps: int, out: Out = None) -> Tensor:
+    """``round(clip(x, 0, 1) / step)``."""
+    return to_codes(torch.clamp(x, 0.0, 1.0, out=out), step, 0, num_steps, out=out)
+
+
 class DoReFaActivation(Quantizer):
     """Activations clipped to [0, 1] (Eq. 5 and section 2.2 of the paper).
 
@@ -68,7 +96,8 @@ class DoReFaActivation(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the class."""
         step = torch.tensor(1.0 / self.num_steps, device=x.device)
-        return codes_ste(x.clamp(0.0, 1.0), step, 0, self.num_steps) * step
+        y: Tensor = _UnitRound.apply(x, step, self.num_steps)
+        return y
 
     def bypass(self, x: Tensor) -> Tensor:
         """Clipped, not rounded."""
@@ -77,5 +106,5 @@ class DoReFaActivation(Quantizer):
     def _encode(self, x: Tensor) -> Codes:
         """Integers 0 to 2**b - 1 with the fixed scale 1 / (2**b - 1)."""
         step = torch.tensor(1.0 / self.num_steps, device=x.device)
-        codes = to_codes(x.clamp(0.0, 1.0), step, 0, self.num_steps)
+        codes = _unit_codes(x, step, self.num_steps)
         return Codes(codes.to(torch.int32), step, torch.zeros_like(step), 0, self.num_steps)
