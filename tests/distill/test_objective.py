@@ -415,3 +415,40 @@ def test_every_phase_is_one_compiled_graph(name: str):
         made.train()
         torch.compile(made, backend="aot_eager", fullgraph=True)(images, labels).total.backward()
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings(FUNCTION_OBJECTS)
+@pytest.mark.filterwarnings("ignore:no quantized layer reads what 3 give:UserWarning")
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"blockwise", "best"}))
+def test_a_phase_compiles_once_whatever_its_schedule_does(name: str):
+    """Precision that moves or is drawn anew, an evaluation in between: the graph stays."""
+    teacher, recipe = network(), make(name)
+    student = quantize(teacher, 4, 4) if recipe.quantized else network()
+    images, labels = batch()
+    held = None
+    for phase in range(len(recipe.phases())):
+        torch._dynamo.reset()
+        graphs = 0
+
+        def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+            nonlocal graphs
+            graphs += 1
+            return graph
+
+        parts = Anatomy(stages=("3", "5"), blocks=("3",), head="7")
+        made = recipe.objective(student, teacher, batches=[images], phase=phase, networks=held, anatomy=parts)
+        held = made.networks
+        compiled = torch.compile(made, backend=count, fullgraph=True)
+        gates = set()
+        for step in range(8):
+            made.set_progress(step / 8, step)
+            compiled(images, labels).total.backward()
+            made.zero_grad()
+            gates.add(tuple(bool(q.enabled) for q in made.networks.student.modules() if isinstance(q, Quantizer)))
+            if step == 4:
+                made.networks.student.eval()(images)
+                made.forget_features()
+                made.train()
+        assert graphs == 1
+        assert len(gates) > 1 or name != "stochastic"
+    torch._dynamo.reset()
