@@ -14,8 +14,9 @@ from training_worker import SETTINGS, network, part_of_digits, same_run, stopped
 from fewbits.convert import quantize
 from fewbits.data import Dataset, Normalisation, TensorSplit
 from fewbits.recipes import Plain, make
-from fewbits.training import fit, read_metrics
+from fewbits.training import Settings, fit, read_metrics
 from fewbits.training import loop as loop_module
+from fewbits.training.setup import memory_format, remarks
 
 
 def never(*args: Any) -> None:
@@ -192,6 +193,35 @@ def test_bf16_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
         train("qfd", tmp_path / "stopped", **settings)
     train("qfd", tmp_path / "stopped", resume=True, **settings)
     same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, False),  # float32 without the compiler keeps its bits
+        ({"compile": True}, True),
+        ({"precision": "bf16"}, True),
+        ({"compile": True, "channels_last": False}, False),
+        ({"channels_last": True}, True),
+    ],
+)
+def test_channels_last_by_default_where_bits_are_free(settings: dict[str, Any], wanted: bool):
+    convolutional, linear = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Linear(3, 4))
+    given = Settings(**settings)
+    assert (memory_format(given, convolutional) == torch.channels_last) is wanted
+    assert (memory_format(given, linear) == torch.channels_last) is bool(given.channels_last)
+    said = remarks(given, convolutional, torch.device("cuda"))
+    assert bool(said) is (wanted and given.channels_last is None)
+    assert all("--no-channels-last" in line for line in said)
+
+
+def test_bf16_in_channels_last_trains_and_says_so(capsys: pytest.CaptureFixture[str]):
+    student = network(0)
+    settings = SETTINGS | {"epochs": 1, "precision": "bf16", "progress": True}
+    fit(student, recipe=make("float"), data=part_of_digits(), **settings)
+    assert "channels-last" in capsys.readouterr().err
+    assert student.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not student.conv2.weight.is_contiguous()
 
 
 def test_channels_last_gives_close_losses_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

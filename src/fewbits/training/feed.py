@@ -40,15 +40,21 @@ class Feed:
     Args:
         data: train and test split.
         normalisation: of the pixels.
-        settings: batch size, seed, memory format.
+        settings: batch size, seed.
         accelerator: which share of each batch is this process's.
+        memory_format: of the images.
     """
 
     def __init__(
-        self, data: Dataset, normalisation: Normalisation, settings: Settings, accelerator: Accelerator
+        self,
+        data: Dataset,
+        normalisation: Normalisation,
+        settings: Settings,
+        accelerator: Accelerator,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.data, self.normalisation, self.settings = data, normalisation, settings
-        self.device = accelerator.device
+        self.device, self.memory_format = accelerator.device, memory_format
         self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
 
     @property
@@ -108,5 +114,4 @@ class Feed:
         )
 
     def _placed(self, images: Tensor) -> Tensor:
-        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
-        return images.to(self.device, non_blocking=True).contiguous(memory_format=layout)
+        return images.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)

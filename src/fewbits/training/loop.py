@@ -33,9 +33,9 @@ from .records import Records
 from .resume import resume_training, resumed_objective, take_checkpoint
 from .schedules import lr_factor, phase_steps, spread_steps
 from .settings import Settings
-from .setup import make_accelerator, steps_per_epoch
+from .setup import make_accelerator, memory_format, remarks, steps_per_epoch
 from .step import Stepper, seed_step
-from .teacher_cache import TeacherCache
+from .teacher_cache import open_cache
 
 LOG_EVERY = 50
 """Most steps between records of the loss; a short epoch has four."""
@@ -93,7 +93,7 @@ class Loop:
         self.student, self.teacher, self.recipe, self.settings, self.folder = student, teacher, recipe, settings, folder
         self.accelerator = make_accelerator(settings)
         self.is_main = self.accelerator.is_main_process
-        self.feed = Feed(data, normalisation, settings, self.accelerator)
+        self.feed = Feed(data, normalisation, settings, self.accelerator, memory_format(settings, student))
         self.steps_per_epoch = steps_per_epoch(data, settings)
         self.num_steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.phases = recipe.phases()
@@ -108,8 +108,9 @@ class Loop:
     def run(self) -> Outcome:
         """Train to the end, from the folder's checkpoint if it holds one."""
         self.student.to(self.accelerator.device)
-        if self.settings.channels_last:
-            self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.feed.memory_format == torch.channels_last:
+            for network in filter(None, (self.student, self.teacher)):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         checkpoint = load_checkpoint(self.folder.checkpoint) if self.folder else None
         if checkpoint is not None:
             self.position = read_position(checkpoint, self.phase_steps)
@@ -125,6 +126,8 @@ class Loop:
             self.folder if self.is_main else None, self.position, self.steps_per_epoch, self.settings.tensorboard
         )
         with self._display, self._records, self._profile:
+            for remark in remarks(self.settings, self.student, self.accelerator.device):
+                self._display.say(remark)
             self._started = self._saved = time.monotonic()
             for index in range(first, len(self.phases)):
                 if index > first:
@@ -173,7 +176,7 @@ class Loop:
             self.ema = MovingAverage(objective.networks.student, settings.ema)
         if checkpoint is not None:
             resume_training(checkpoint, stepper.optimizer, self.ema)
-        self._cache = self._cache_of(objective)
+        self._cache = open_cache(self._teacher_cache, objective, self.feed, settings, self._display.say)
         batches = self.feed.training(position.total_step)
         self._pace.resume()
         while position.step < num_steps:
@@ -202,18 +205,6 @@ class Loop:
                 self._records.write("shares", phase.name, **shares)
             self._after_step(objective, stepper.optimizer, losses, factor)
             self._pace.resume()
-
-    def _cache_of(self, objective: Objective) -> TeacherCache | None:
-        """The cache of a phase that has use for one."""
-        if self._teacher_cache is None:
-            return None
-        name = objective.phase.name
-        if not objective.answers:
-            self._display.say(f"{name} reads nothing of a teacher that stays as it is: no answers to keep")
-            return None
-        cache = TeacherCache(self._teacher_cache, objective, self.feed, self.settings)
-        self._display.say(f"{name} keeps its teacher's answers in {cache.path}: {cache.describe()}")
-        return cache
 
     def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What each term contributes to this step's gradient, where it is time to measure it; changes nothing."""

@@ -32,7 +32,8 @@ class Settings(Checked):
         precision: fp32, or bf16 for automatic mixed precision.
         device: auto, cpu or cuda.
         compile: compile the objective.
-        channels_last: keep images and kernels in that memory format.
+        channels_last: keep images and kernels in that memory format. By default where results need not be the same
+            bits anyway and it is faster: compiled or bf16, with convolutions; the run says so.
         recompute: quantize the layers' inputs again in the backward pass instead of keeping them: less memory, the same
             results. A compiled objective decides that by itself.
         processes: processes that must take part; fewer is an error. None takes what the launcher started.
@@ -62,7 +63,7 @@ class Settings(Checked):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    channels_last: bool = False
+    channels_last: bool | None = None
     recompute: bool = False
     processes: PositiveInt | None = None
     seed: Seed = 0

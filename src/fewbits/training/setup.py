@@ -41,6 +41,28 @@ def make_accelerator(settings: Settings) -> Accelerator:
     return accelerator
 
 
+def memory_format(settings: Settings, student: nn.Module) -> torch.memory_format:
+    """How images and kernels lie in memory: as the settings say, else in the faster way where that is free to choose.
+
+    A float32 run without the compiler keeps its bits, and so its format, whatever the default here becomes.
+    """
+    chosen = settings.channels_last
+    if chosen is None:
+        has_convolutions = any(isinstance(module, nn.Conv2d) for module in student.modules())
+        chosen = has_convolutions and (settings.compile or settings.precision == "bf16")
+    return torch.channels_last if chosen else torch.contiguous_format
+
+
+def remarks(settings: Settings, student: nn.Module, device: torch.device) -> list[str]:
+    """What a person should know of the way that a run computes, where the settings did not say it."""
+    found = []
+    if settings.channels_last is None and memory_format(settings, student) == torch.channels_last:
+        found.append("images and kernels are in channels-last, which is faster here; --no-channels-last keeps them")
+    if settings.precision == "bf16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
+    return found
+
+
 def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9, or AdamW, over all that the objective trains."""
     groups = objective.param_groups(settings.lr, settings.weight_decay, settings.helper_lr)

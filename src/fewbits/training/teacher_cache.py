@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -118,6 +119,21 @@ class TeacherCache:
         return answers
 
 
+def open_cache(
+    folder: Path | None, objective: Objective, feed: Feed, settings: Settings, say: Callable[[str], None]
+) -> TeacherCache | None:
+    """The cache of a phase, if there is a ``folder`` and the phase has use for one; ``say`` is told which it is."""
+    if folder is None:
+        return None
+    name = objective.phase.name
+    if not objective.answers:
+        say(f"{name} reads nothing of a teacher that stays as it is: no answers to keep")
+        return None
+    cache = TeacherCache(folder, objective, feed, settings)
+    say(f"{name} keeps its teacher's answers in {cache.path}: {cache.describe()}")
+    return cache
+
+
 class _Table:
     """Rows of float32 by their number, and which of them are there.
 
@@ -193,7 +209,7 @@ def _about(objective: Objective, feed: Feed, settings: Settings) -> dict[str, An
         "normalisation": asdict(feed.normalisation),
         "augment": asdict(data.augment),
         "seed": None if data.augment == NONE else settings.seed,
-        "computed": [str(feed.device), settings.precision, settings.compile, settings.channels_last],
+        "computed": [str(feed.device), settings.precision, settings.compile, str(feed.memory_format)],
         "torch": torch.__version__,
     }
 
