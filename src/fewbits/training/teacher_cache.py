@@ -89,7 +89,7 @@ class TeacherCache:
         """Size and content, for a person: what is kept of how many pictures."""
         there = min(table.num_there() for table in self._tables)
         return (
-            f"{', '.join(self._objective.answers)} of {self._num_views:,} pictures, {self.num_bytes / 1e6:,.1f} MB; "
+            f"{', '.join(self._objective.answers)} of {self._num_views:,} pictures, {self.num_bytes / 1e6:,.2f} MB; "
             f"{there:,} pictures are there"
         )
 
