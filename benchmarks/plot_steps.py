@@ -20,7 +20,8 @@ PEERS = "#e69f00"
 def svg(rows: list[dict[str, object]]) -> str:
     """Bars in the order of the rows; the line stands at eager float."""
     scale, bottom = BAR / RATIO, HEIGHT * len(rows) + 10
-    parts = []
+    at = NAMES + scale
+    parts = [f'<line x1="{at:.0f}" x2="{at:.0f}" y1="4" y2="{bottom}" stroke="#d55e00" stroke-dasharray="4 3"/>']
     for number, row in enumerate(rows):
         name, ratio, y = str(row["name"]), float(str(row["ratio"])), 10 + HEIGHT * number
         width = scale * min(ratio, RATIO)
@@ -30,8 +31,6 @@ def svg(rows: list[dict[str, object]]) -> str:
             f'fill="{COLOURS.get(name.split()[0], PEERS)}"/>',
             f'<text x="{NAMES + width - 6:.0f}" y="{y + 14}" text-anchor="end" fill="white">{ratio:.2f}</text>',
         ]
-    at = NAMES + scale
-    parts.append(f'<line x1="{at:.0f}" x2="{at:.0f}" y1="4" y2="{bottom}" stroke="#d55e00" stroke-dasharray="4 3"/>')
     parts.append(f'<text x="{at:.0f}" y="{bottom + 16}" text-anchor="middle">eager float in PyTorch = 1</text>')
     width, height = NAMES + BAR + 50, bottom + 26
     return (
