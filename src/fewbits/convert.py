@@ -20,6 +20,7 @@ from .quantizers.base import Granularity, Start
 from .streams import Trace, attach, trace
 
 FLOAT_BITS = 32
+"""What a plan calls full precision, and the bits of a value in it."""
 
 
 @dataclass(frozen=True)

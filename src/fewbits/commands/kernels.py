@@ -42,17 +42,19 @@ def measure(run: Path, threads: Sequence[int], repeats: int, data_root: Path | N
 
 def together(layers: Iterable[Mapping[str, Any]], key: str) -> list[str]:
     """What is said of layers under ``key``, each reason once behind all layers that it is true of."""
-    names: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.get(key):
-            names.setdefault(layer[key], []).append(layer["name"])
-    return [f"{', '.join(found)}: {why}" for why, found in names.items()]
+    return _said_once((layer["name"], layer[key]) for layer in layers if layer.get(key))
 
 
 def explained(layers: Iterable[Mapping[str, Any]]) -> list[str]:
     """Kernels and why they were chosen, layers with the same reasons together."""
-    together: dict[tuple[str, str], list[str]] = {}
-    for layer in layers:
-        if layer.get("choice"):
-            together.setdefault((layer["kernel"], layer["choice"]), []).append(layer["name"])
-    return [f"{', '.join(names)}: {kernel}; {why}" for (kernel, why), names in together.items()]
+    return _said_once(
+        (layer["name"], f"{layer['kernel']}; {layer['choice']}") for layer in layers if layer.get("choice")
+    )
+
+
+def _said_once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """``a, b: what`` for names a and b of whom the same is said."""
+    names: dict[str, list[str]] = {}
+    for name, what in said:
+        names.setdefault(what, []).append(name)
+    return [f"{', '.join(found)}: {what}" for what, found in names.items()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from .. import checks
-from ..convert import plan_of, quantizers_of
+from ..convert import FLOAT_BITS, plan_of, quantizers_of
 from ..layers import QuantLayer
 from .choosing import Source
 from .choosing import choices as choose_kernels
@@ -23,7 +23,7 @@ from .kernels import Choice
 from .prepare import prepare
 from .result import Exported, LayerRow
 from .seal import digest, sealed
-from .sizes import FLOAT_BITS, sizes
+from .sizes import sizes
 from .variants import PACKED, VARIANTS
 
 if TYPE_CHECKING:

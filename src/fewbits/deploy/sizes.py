@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..convert import quantizer_keys
+from ..convert import FLOAT_BITS, quantizer_keys
 from ..layers import QuantLayer
-
-FLOAT_BITS = 32
 
 
 def sizes(network: nn.Module) -> tuple[int, int]:

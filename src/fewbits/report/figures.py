@@ -9,7 +9,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from .runs import FLOAT_BITS, Run, is_float, number, of_student
+from ..convert import FLOAT_BITS
+from .runs import Run, is_float, number, of_student
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, without those too pale for a white or a black page.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#999999")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from .runs import FLOAT_BITS, Run, is_float, number, read_runs
+from ..convert import FLOAT_BITS
+from .runs import Run, is_float, number, read_runs
 
 ABSENT = "–"
 

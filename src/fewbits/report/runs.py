@@ -14,7 +14,6 @@ from ..training.folder import METRICS, RUN
 EXPORT, BENCH, SUMMARY = "export.json", "bench.json", "summary.json"
 EXPORTS = (EXPORT, "export-openvino.json", "export-frozen.json", "export-openvino-frozen.json")
 """The first that there is is shown."""
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ..convert import FLOAT_BITS
 from .text import Line, aligned, rich_table
-
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
