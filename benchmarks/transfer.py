@@ -249,7 +249,7 @@ def matching(rows: list[dict[str, Any]], key: dict[str, Any]) -> list[dict[str, 
 def table(arguments: argparse.Namespace, name: str) -> str:
     """Last step and best evaluation (mean and sample standard deviation), paired difference to l2, in Markdown."""
     same = {"target": name, "bits": arguments.bits, "steps": arguments.steps, "lr": arguments.lr, "tuning": False}
-    rows = matching(load(arguments.results, name), same)
+    rows = [row for row in matching(load(arguments.results, name), same) if row["seed"] in arguments.seeds]
     bits = arguments.bits
     lines = [
         f"{name}, {bits}/{bits}, {arguments.steps} steps",
@@ -273,7 +273,25 @@ def table(arguments: argparse.Namespace, name: str) -> str:
                 f"| {per_class} | {arm} | {strength:g} | {len(runs)} | {last} | {best} "
                 f"| {'' if arm == 'l2' else interval(pairs)} | {by_size} | {mean(others[0])} | {mean(others[1])} |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *asides(rows)])
+
+
+def asides(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the table's means hide: arms against each other seed by seed, and what dynamic ranges do."""
+    reached = {(row["per_class"], row["arm"], row["seed"]): 100 * row["last"] for row in rows}
+    for one, two in (("uniform", "attentive"), ("dtq", "kl"), ("kl", "float")):
+        for per_class in sorted({row["per_class"] for row in rows}):
+            seeds = [s for n, arm, s in reached if (n, arm) == (per_class, one) and (n, two, s) in reached]
+            pairs = [f"{reached[per_class, one, s] - reached[per_class, two, s]:+.2f}" for s in sorted(seeds)]
+            yield f"{one} minus {two}, {per_class} images a class, seed by seed: {', '.join(pairs)}"
+    dynamic = [row for row in rows if "frozen" in row]
+    if dynamic:
+        made_up = [[*row["by_batch_size"].values(), row["by_class_10"]] for row in dynamic]
+        moved = [100 * (max(values) - min(values)) for values in made_up]
+        cost = [100 * (statistics.mean(row["by_batch_size"].values()) - row["frozen"]) for row in dynamic]
+        for what, values in (("the test batch's make-up moves accuracy by", moved), ("freezing ranges costs", cost)):
+            middle, least, most = statistics.median(values), min(values), max(values)
+            yield f"{what} {middle:.1f} points in the median of {len(values)} networks, {least:.1f} to {most:.1f}"
 
 
 def mean(shares: list[float]) -> str:

@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "fewbits"
 
 # The rooms from the ground up. Imports go strictly downwards; rooms on the same floor do not know each other.
 FLOORS: list[list[str]] = [
-    ["names"],
+    ["names", "digest"],
     ["checks"],
     ["quantizers", "data"],
     ["layers", "streams", "models"],

@@ -386,14 +386,10 @@ def test_a_user_s_own_loop_over_phases():
     assert made.taught is student
 
 
-@pytest.mark.filterwarnings(FUNCTION_OBJECTS)
-@pytest.mark.filterwarnings("ignore:no quantized layer reads what 3 give:UserWarning")  # FTL: a ReLU, then pooling
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"blockwise", "best"}))  # they need residual blocks
-def test_every_phase_is_one_compiled_graph(name: str):
-    """The same losses and gradients as without the compiler."""
+def each_phase(name: str, images: Tensor) -> Iterator[Objective]:
+    """The objectives of a recipe, one after the other, each with a compiler that has seen nothing."""
     teacher, recipe = network(), make(name)
     student = quantize(teacher, 4, 4) if recipe.quantized else network()
-    images, labels = batch()
     held = None
     for phase in range(len(recipe.phases())):
         torch._dynamo.reset()
@@ -401,6 +397,17 @@ def test_every_phase_is_one_compiled_graph(name: str):
         made = recipe.objective(student, teacher, batches=[images], phase=phase, networks=held, anatomy=parts)
         held = made.networks
         made.zero_grad()  # of the phase before
+        yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings(FUNCTION_OBJECTS)
+@pytest.mark.filterwarnings("ignore:no quantized layer reads what 3 give:UserWarning")  # FTL: a ReLU, then pooling
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"blockwise", "best"}))  # they need residual blocks
+def test_every_phase_is_one_compiled_graph(name: str):
+    """The same losses and gradients as without the compiler."""
+    images, labels = batch()
+    for made in each_phase(name, images):
         made.eval()  # batch statistics that move would tell the two runs apart
         compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
         got, wanted = compiled(images, labels), made(images, labels)
@@ -414,7 +421,6 @@ def test_every_phase_is_one_compiled_graph(name: str):
             torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
         made.train()
         torch.compile(made, backend="aot_eager", fullgraph=True)(images, labels).total.backward()
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings(FUNCTION_OBJECTS)
@@ -422,12 +428,8 @@ def test_every_phase_is_one_compiled_graph(name: str):
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"blockwise", "best"}))
 def test_a_phase_compiles_once_whatever_its_schedule_does(name: str):
     """Precision that moves or is drawn anew, an evaluation in between: the graph stays."""
-    teacher, recipe = network(), make(name)
-    student = quantize(teacher, 4, 4) if recipe.quantized else network()
     images, labels = batch()
-    held = None
-    for phase in range(len(recipe.phases())):
-        torch._dynamo.reset()
+    for made in each_phase(name, images):
         graphs = 0
 
         def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
@@ -435,9 +437,6 @@ def test_a_phase_compiles_once_whatever_its_schedule_does(name: str):
             graphs += 1
             return graph
 
-        parts = Anatomy(stages=("3", "5"), blocks=("3",), head="7")
-        made = recipe.objective(student, teacher, batches=[images], phase=phase, networks=held, anatomy=parts)
-        held = made.networks
         compiled = torch.compile(made, backend=count, fullgraph=True)
         gates = set()
         for step in range(8):
@@ -451,4 +450,3 @@ def test_a_phase_compiles_once_whatever_its_schedule_does(name: str):
                 made.train()
         assert graphs == 1
         assert len(gates) > 1 or name != "stochastic"
-    torch._dynamo.reset()

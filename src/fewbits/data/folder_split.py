@@ -138,7 +138,7 @@ class FolderSplit(Split):
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         return hashlib.sha256(repr((files, self.labels.tolist(), self.image_size)).encode()).hexdigest()
 
-    def _read(
+    def read(
         self, plan: Sequence[Tensor], normalisation: Normalisation, augment: Augment, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(

@@ -106,7 +106,7 @@ class Split(ABC):
             num_ranks=num_ranks,
             drop_last=drop_last,
         )
-        return self._read(plan, normalisation, augment or NONE, seed, epoch)
+        return self.read(plan, normalisation, augment or NONE, seed, epoch)
 
     @abstractmethod
     def subset(self, indices: Tensor) -> "Split":
@@ -117,10 +117,10 @@ class Split(ABC):
         """A number that tells this split from any other: of the pixels, or of the files that hold them."""
 
     @abstractmethod
-    def _read(
+    def read(
         self, plan: Sequence[Tensor], normalisation: Normalisation, augment: Augment, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Reads the planned batches; checks its arguments before it returns the iterator."""
+        """The batches of a plan, see `plan_batches`; checks its arguments before it returns the iterator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ class TensorSplit(Split):
             found.update(tensor.contiguous().numpy().data)
         return found.hexdigest()
 
-    def _read(
+    def read(
         self, plan: Sequence[Tensor], normalisation: Normalisation, augment: Augment, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if augment.min_area < 1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from ..digest import digest_of
 from ..layers import QuantLayer
 from .engines import ENGINE
 from .prepare import trained_with
@@ -42,11 +43,7 @@ def digest(student: nn.Module, normalisation: Normalisation | None) -> str:
                 state = {key: tensor for key, tensor in state.items() if not key.startswith(own)}
                 # Zero has a sign, and codes have not.
                 quantized[f"{prefix}weight"] = layer.weight_quantizer(layer.weight) + 0.0
-    found = hashlib.sha256(repr(normalisation and (normalisation.mean, normalisation.std)).encode())
-    for name, tensor in sorted((state | quantized).items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return digest_of(state | quantized, repr(normalisation and (normalisation.mean, normalisation.std)))
 
 
 def sealed(metadata: Mapping[str, str], student: str) -> dict[str, str]:

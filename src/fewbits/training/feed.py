@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -58,31 +58,35 @@ class Feed:
         self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
 
     @property
+    def moves(self) -> bool:
+        """Whether a sample looks different in each epoch."""
+        return self.data.augment != NONE
+
+    @property
     def num_views(self) -> int:
-        """Different pictures in the whole run: augmented ones are others in each epoch."""
-        epochs = 1 if self.data.augment == NONE else math.ceil(self.settings.epochs)
-        return epochs * self.data.train.num_samples
+        """Different pictures in the whole run."""
+        return (math.ceil(self.settings.epochs) if self.moves else 1) * self.data.train.num_samples
 
     def training(self, step: int) -> Iterator[Batch]:
         """This process's share of the training batches from ``step`` on, without end."""
-        num_steps = steps_per_epoch(self.data, self.settings)
+        data, seed = self.data, self.settings.seed
+        num_steps = steps_per_epoch(data, self.settings)
         while True:
             epoch, start = divmod(step, num_steps)
-            order: dict[str, Any] = {
-                "batch_size": self.settings.batch_size,
-                "shuffle": True,
-                "seed": self.settings.seed,
-                "epoch": epoch,
-                "start_batch": start,
-                "rank": self.rank,
-                "num_ranks": self.num_ranks,
-                "drop_last": True,
-            }
-            batches = self.data.train.batches(normalisation=self.normalisation, augment=self.data.augment, **order)
-            first = 0 if self.data.augment == NONE else epoch * self.data.train.num_samples
-            for indices, (images, labels) in zip(
-                plan_batches(self.data.train.num_samples, **order), batches, strict=True
-            ):
+            plan = plan_batches(
+                data.train.num_samples,
+                batch_size=self.settings.batch_size,
+                shuffle=True,
+                seed=seed,
+                epoch=epoch,
+                start_batch=start,
+                rank=self.rank,
+                num_ranks=self.num_ranks,
+                drop_last=True,
+            )
+            first = epoch * data.train.num_samples if self.moves else 0
+            batches = data.train.read(plan, self.normalisation, data.augment, seed, epoch)
+            for indices, (images, labels) in zip(plan, batches, strict=True):
                 step += 1
                 yield Batch(self._placed(images), labels.to(self.device), first + indices)
 

@@ -57,7 +57,9 @@ def remarks(settings: Settings, student: nn.Module, device: torch.device) -> lis
     """What a person should know of the way that a run computes, where the settings did not say it."""
     found = []
     if settings.channels_last is None and memory_format(settings, student) == torch.channels_last:
-        found.append("images and kernels are in channels-last, which is faster here; --no-channels-last keeps them")
+        found.append(
+            "images and kernels are in channels-last, usually the faster way here; --no-channels-last keeps them"
+        )
     if settings.precision == "bf16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
     return found

@@ -10,6 +10,7 @@ is none yet. Rows are written before their marks; several processes may share a 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -24,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data import NONE
+from ..digest import digest_of
 from ..distill import Objective
 from .checkpoint import write_file
 from .feed import Batch, Feed
@@ -179,7 +180,8 @@ class _Table:
 def _lengthen(path: Path, num_bytes: int) -> None:
     """Make the file at least so large; what was never written takes no room on the disk."""
     with path.open("ab") as file:
-        if file.tell() < num_bytes:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a shorter run that looked before a longer one lengthened must not cut it
+        if file.seek(0, os.SEEK_END) < num_bytes:
             file.truncate(num_bytes)
 
 
@@ -201,22 +203,14 @@ def _checksums(rows: NDArray[np.float32]) -> NDArray[np.uint32]:
 
 def _about(objective: Objective, feed: Feed, settings: Settings) -> dict[str, Any]:
     """Everything that an answer depends on."""
-    data = feed.data
+    data, teacher = feed.data, objective.networks.network("teacher")
     return {
         "format": 1,
-        "teacher": _digest(objective.networks.network("teacher")),
+        "teacher": digest_of(teacher.state_dict(), str(teacher)),
         "pictures": data.train.digest(),
         "normalisation": asdict(feed.normalisation),
         "augment": asdict(data.augment),
-        "seed": None if data.augment == NONE else settings.seed,
+        "seed": settings.seed if feed.moves else None,
         "computed": [str(feed.device), settings.precision, settings.compile, str(feed.memory_format)],
         "torch": torch.__version__,
     }
-
-
-def _digest(network: nn.Module) -> str:
-    found = hashlib.sha256(str(network).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
