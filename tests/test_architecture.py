@@ -24,7 +24,7 @@ FLOORS: list[list[str]] = [
     ["layers", "streams", "models"],
     ["blocks"],
     ["convert"],
-    ["calibration", "precision", "summary"],
+    ["calibration", "integers", "precision", "summary"],
     ["anatomy"],
     ["distill"],
     ["recipes"],

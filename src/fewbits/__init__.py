@@ -5,6 +5,7 @@ from .calibration import calibrate
 from .convert import Plan, Rule, float_state, quantize
 from .deploy import Exported, Packed, ParityError, export, freeze_ranges, load_packed, pack
 from .distill import Losses, Networks, Objective
+from .integers import settle_biases
 from .quantizers import Codes, Quantizer, QuantSpec
 from .recipes import Recipe
 from .report import report
@@ -44,6 +45,7 @@ __all__ = [
     "quantizers",
     "recipes",
     "report",
+    "settle_biases",
     "summarize",
 ]
 __version__ = "0.1.0"

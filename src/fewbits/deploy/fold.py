@@ -11,24 +11,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..integers import LARGEST_BIAS, LIFTED_BITS, Floats, largest_factors
 from . import integer_bias
 from .activations import GRID, Grid
 from .builder import Builder, array_of, only_reader, producer, replace
 from .inputs import in_float, lifted, repeated
 from .integer_bias import OutputGrid
 from .movement import MOVES
-from .weights import Floats, WeightGrid, decoded, unpacked
+from .weights import WeightGrid, decoded, unpacked
 
 Attributes = Mapping[str, Any]
 
 
-LIFTED_BITS = 5
-"""From so many bits on weights leave no room for a factor; then the input's codes are shifted up to use all 8 bits, if
-they are fewer. At 4 bits it costs 20 to 40 % more time and is kept for layers that need it, see ``Care.LIFTED``.
-"""
-
-STEM_CHANNELS, STEM_COPIES = 4, 8
-"""A stem reads its few channels so many times, and its factor is shared among the copies.
+STEM_CHANNELS, STEM_COPIES, STEM_WRONG = 4, 8, 1e-4
+"""A stem whose rounded bias gives more than this share of wrong codes reads its few channels so many times, and its
+factor is shared among the copies. The network was not settled then (``integers.settle_biases``).
 
 What it rounds otherwise than PyTorch (6 in 10,000 codes with one copy, 0.7 with eight) grows from layer to layer: a
 2-bit ResNet-20 predicted another class for 4.5 % of the images with one copy and for 0.25 % with eight.
@@ -211,12 +208,15 @@ def _integer(
         silent |= integer_bias.constant_channels(bias, reach, output)
     scale = np.where(silent, np.maximum(np.abs(affine.shift), 1e-6) / input_grid.scale / 2**20, scale)
     bias = affine.shift / (scale * input_grid.scale)
-    if np.abs(bias).max() >= integer_bias.LARGEST_BIAS:
+    if np.abs(bias).max() >= LARGEST_BIAS:
         return None
-    copies = STEM_COPIES if _is_stem(grid, conv_attributes) else 1
-    largest = copies * integer_bias.largest_factors(grid.integers, largest_input)
-    choice = integer_bias.choose(bias, largest, _output_grid(affine, scale, input_grid.scale, stride))
-    fits = np.abs(choice.bias) < integer_bias.LARGEST_BIAS
+    output = _output_grid(affine, scale, input_grid.scale, stride)
+    largest = largest_factors(grid.integers, largest_input)
+    choice, copies = integer_bias.choose(bias, largest, output), 1
+    if choice.wrong.mean() > STEM_WRONG and _is_stem(grid, conv_attributes):
+        copies = STEM_COPIES
+        choice = integer_bias.choose(bias, copies * largest, output)
+    fits = np.abs(choice.bias) < LARGEST_BIAS
     factors = np.where(fits, choice.factor, 1)
     whole = np.where(fits, choice.bias, np.round(bias)).astype(np.int64)
     scale = scale / factors * np.where(fits, choice.stretch, 1.0)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import plan_of, quantizers_of
+from ..integers import settle_biases
 from ..quantizers import build
 from ..quantizers.frozen import FrozenMinMax
 from ..quantizers.minmax import MinMax
+from ..training import reestimate_batch_norm
 
 DYNAMIC, FROZEN = "minmax", "minmax-frozen"
 
@@ -23,8 +25,9 @@ def freeze_ranges(student: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """A copy of ``student`` whose min-max ranges no longer depend on the batch: method ``minmax-frozen``.
 
     The range of an activation is the mean of the smallest and of the largest values over ``batches``, each quantized
-    as in training; the range of a weight is its own. Zero is moved onto a level, see ``FrozenMinMax``. The accuracy is
-    another one than with dynamic ranges: measure it, and report it under the new name.
+    as in training; the range of a weight is its own. Zero is moved onto a level, see ``FrozenMinMax``. Batch norm is
+    estimated again over ``batches``, for it meets other values now, and biases are settled (``settle_biases``). The
+    accuracy is another one than with dynamic ranges: measure it, and report it under the new name.
 
     Reconstruction: DTQ has no such step.
 
@@ -41,6 +44,7 @@ def freeze_ranges(student: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     single = [name for name, quantizer in dynamic.items() if quantizer.bits == 1]
     if single:
         raise ValueError(f"a frozen range needs 2 bits or more to have a zero and a sign, {single[0]} has 1")
+    batches = list(batches)
     ranges = _ranges(student, dynamic, batches)
     frozen = copy.deepcopy(student)
     for name, quantizer in dynamic.items():
@@ -56,6 +60,8 @@ def freeze_ranges(student: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         rules = tuple(replace(rule, quantizer=FROZEN) if rule.quantizer == DYNAMIC else rule for rule in plan.rules)
         method = FROZEN if plan.quantizer == DYNAMIC else plan.quantizer
         frozen.__dict__["fewbits_plan"] = replace(plan, quantizer=method, rules=rules)
+    reestimate_batch_norm(frozen, batches)
+    settle_biases(frozen, batches[0])
     return frozen
 
 

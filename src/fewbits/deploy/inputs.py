@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ..integers import lift
 from .activations import GRID, Grid, dequantize
 from .builder import Builder, producer
 
@@ -25,7 +26,7 @@ def in_float(builder: Builder, x: ir.Value) -> ir.Value:
 def lifted(builder: Builder, x: ir.Value) -> ir.Value:
     """The same values on a finer grid, for weights of so many bits that they leave little room for a factor."""
     input_grid: Grid = x.meta[GRID]
-    shift = 8 - max(input_grid.highest, 1).bit_length()
+    shift = lift(input_grid.highest)
     source = producer(x, "DequantizeLinear")
     if shift == 0 or source is None or source.inputs[0] is None:
         return x

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .weights import Floats, Ints
+from ..integers import LARGEST_BIAS, Floats, Ints
 
 _SUMS = 4096
 """Sums that are looked at for a channel."""
@@ -24,20 +24,8 @@ _REFINED = 16
 # In order of their distance from 1, so that of equals the nearest is taken.
 _STRETCHES = 1.0 + 1e-5 * np.array([0, *(s * sign for s in (1, 2, 3, 4, 6, 8, 11, 15, 20) for sign in (1, -1))])
 
-LARGEST_BIAS = 2**30
-"""Leaves half of int32 to the sum of products."""
-
 _NEGLIGIBLE = 1e-4
 """Of an output step: what moves a result by less gives other codes in fewer than one of 5,000 channels."""
-
-_SATURATION = 32767
-"""Processors without VNNI add two u8 x s8 products in 16 bits."""
-
-
-def largest_factors(integers: Ints, largest_input: int) -> Ints:
-    """The largest whole number that each channel's weight codes may be multiplied by, so that products fit too."""
-    largest = np.abs(integers.reshape(len(integers), -1)).max(1)
-    return np.maximum(min(127, _SATURATION // (2 * largest_input)) // np.maximum(largest, 1), 1)
 
 
 @dataclass(frozen=True)
@@ -88,11 +76,13 @@ class Choice:
         bias: whole, in units that are ``factor`` times smaller than the original ones.
         stretch: what the scale is multiplied by besides, within 2e-4 of 1, or far below it where all sums but one are
             clipped.
+        wrong: share of the sums that get another code than with the true bias, as far as sums were looked at.
     """
 
     factor: Ints
     bias: Ints
     stretch: Floats
+    wrong: Floats
 
 
 def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Choice:
@@ -114,7 +104,7 @@ def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Cho
     for channel, wanted in enumerate(bias):
         switch = None if output is None else _switch(wanted, int(largest[channel]), output, output.ratio[channel])
         if switch is not None:
-            chosen.append(switch)
+            chosen.append((*switch, 0.0))
             continue
         candidates = np.arange(1, largest[channel] + 1)
         k = np.concatenate([candidates, candidates])
@@ -124,12 +114,17 @@ def choose(bias: Floats, largest: Ints, output: OutputGrid | None = None) -> Cho
         wrong = np.zeros(k.shape) if output is None else _wrong(sums, share, shift, wanted, output.ratio[channel])
         # A hair of preference for small factors, so that float noise does not choose among equals.
         order = np.lexsort((np.abs(shift) + 1e-9 * k, wrong))
-        best, stretch = order[0], 1.0
-        if output is not None and wrong[best] > _GOOD_ENOUGH:
-            best, stretch = _stretched(order[:_REFINED], sums, share, shift, wanted, output.ratio[channel])
-        chosen.append((k[best], rounded[best], stretch))
-    factors, whole, stretches = zip(*chosen, strict=True)
-    return Choice(np.array(factors, np.int64), np.array(whole).astype(np.int64), np.array(stretches, np.float64))
+        best, stretch, left = order[0], 1.0, wrong[order[0]]
+        if output is not None and left > _GOOD_ENOUGH:
+            best, stretch, left = _stretched(order[:_REFINED], sums, share, shift, wanted, output.ratio[channel])
+        if output is not None and len(sums) == _SUMS:
+            # Of more sums than are looked at, the best choice fits those: all of them cross a boundary as often as the
+            # result moves by one step.
+            there = stretch * (sums + wanted + shift[best])
+            left = output.ratio[channel] * np.abs(there - sums - wanted) @ share
+        chosen.append((k[best], rounded[best], stretch, left))
+    factors, whole, stretches, shares = zip(*chosen, strict=True)
+    return Choice(np.array(factors, np.int64), np.array(whole).astype(np.int64), np.array(stretches), np.array(shares))
 
 
 def _switch(bias: float, largest: int, output: OutputGrid, ratio: float) -> tuple[int, int, float] | None:
@@ -191,8 +186,10 @@ def _share_within(room: Floats, share: Floats, moved: Floats) -> Floats:
     return total[np.searchsorted(room[order], moved)]
 
 
-def _stretched(order: Ints, sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float) -> tuple[int, float]:
-    """The best of a few biases with a slightly longer or shorter step."""
+def _stretched(
+    order: Ints, sums: Floats, share: Floats, shift: Floats, bias: float, ratio: float
+) -> tuple[int, float, float]:
+    """The best of a few biases with a slightly longer or shorter step, and the share that is wrong still."""
     exact = np.round(ratio * (sums + bias))
     best, least, found = int(order[0]), np.inf, 1.0
     for candidate in order:
@@ -201,4 +198,4 @@ def _stretched(order: Ints, sums: Floats, share: Floats, shift: Floats, bias: fl
         index = int(wrong.argmin())
         if wrong[index] < least:
             best, least, found = int(candidate), float(wrong[index]), float(_STRETCHES[index])
-    return best, found
+    return best, found, least

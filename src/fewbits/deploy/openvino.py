@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ..integers import Floats
 from ..quantizers import Quantizer
 from ..quantizers.minmax import MinMax
 from . import kernels, markers, planes, xnor
@@ -33,7 +34,7 @@ from .kernels import Kind
 from .markers import Built
 from .movement import MOVES
 from .openvino_weights import fake_quantize, fits, values, weight
-from .weights import Floats, WeightGrid
+from .weights import WeightGrid
 
 BITS, SIGN = "fewbits.bits", "fewbits.sign"
 """Keys in a value's ``meta``: the ``Bits`` that it is the first of; of what it is the sign, a float -1 or +1."""

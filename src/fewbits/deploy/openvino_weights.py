@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..integers import Floats, Ints
 from .builder import Builder
 from .packing import pack
-from .weights import Floats, Ints, WeightGrid
+from .weights import WeightGrid
 
 DOMAIN = "org.openvinotoolkit"
 WEIGHT_LEVELS, LARGEST_WEIGHT = 255, 127

@@ -17,12 +17,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from ..integers import Floats, Ints
 from ..quantizers import Quantizer
 from ..quantizers.minmax import MinMax
 from . import xnor
 from .activations import SIGNS, Bits
 from .builder import Builder
-from .weights import Floats, Ints, WeightGrid
+from .weights import WeightGrid
 
 MOST_STEPS = 3
 """Of a two-bit grid: each step costs one convolution, and seven are slower than int8 for any width measured."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from ..integers import Floats, Ints, whole
 from ..quantizers import Quantizer
 from .builder import Builder
 from .packing import pack
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 _FOUR, _TWO = (ir.DataType.INT4, ir.DataType.UINT4), (ir.DataType.INT2, ir.DataType.UINT2)
 _OWN = {4: _FOUR, 3: _FOUR, 2: _TWO}
@@ -53,17 +50,16 @@ class WeightGrid:
 
 def encode(quantizer: Quantizer, weight: torch.Tensor, name: str) -> WeightGrid:
     """The trained codes of ``weight``, as the quantizer's ``engine`` says that they can be used."""
-    codes = quantizer.encode(weight)
-    integers = codes.integers.numpy().astype(np.int64)
-    scale = codes.scale.double().numpy().reshape(-1)
-    bits = quantizer.bits
+    codes, bits = quantizer.encode(weight), quantizer.bits
     if quantizer.engine == "float":
-        return WeightGrid(integers - codes.low, bits, 1, 0, scale, float(codes.offset), name)
+        unsigned = codes.integers.numpy().astype(np.int64) - codes.low
+        return WeightGrid(unsigned, bits, 1, 0, codes.scale.double().numpy().reshape(-1), float(codes.offset), name)
+    integers, scale = whole(quantizer, codes)
     if quantizer.engine == "shifted":
-        # q * scale + offset with offset = -scale * (2**b - 1) / 2: whole numbers 2q - (2**b - 1) of half the scale.
-        return WeightGrid(integers, bits, 2, -quantizer.num_steps, scale / 2, None, name)
-    gain = (codes.high - codes.low) // (2**bits - 1) if bits == 1 else 1
-    return WeightGrid((integers - codes.low) // gain, bits, gain, codes.low, scale, None, name)
+        low, gain = -quantizer.num_steps, 2
+    else:
+        low, gain = codes.low, (codes.high - codes.low) // (2**bits - 1) if bits == 1 else 1
+    return WeightGrid((integers - low) // gain, bits, gain, low, scale, None, name)
 
 
 def unpacked(

@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ..integers import Floats
 from ..quantizers import Quantizer
 from ..quantizers.sign import ReActActivation
 from .activations import Bits
 from .builder import Builder, producer
 from .openvino_weights import DOMAIN as OPENVINO
 from .packing import pack
-from .weights import Floats, WeightGrid
+from .weights import WeightGrid
 
 OPERATOR, DOMAIN = "BinaryConvolution", "fewbits"
 LISTS = ("strides", "pads", "dilations")

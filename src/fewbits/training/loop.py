@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..data import Dataset, Normalisation
 from ..distill import Networks, Objective
 from ..distill.share import gradient_shares
+from ..integers import settle_biases
 from ..precision import is_fully_quantized, set_precision
 from ..recipes import Recipe
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -269,7 +270,7 @@ class Loop:
         self._started = now
 
     def _finish(self, networks: Networks) -> Outcome:
-        """Batch norm for the final weights, the last evaluation."""
+        """Batch norm for the final weights, biases on their grid, the last evaluation."""
         self._tick()
         student, position, num_batches = networks.student, self.position, self.settings.bn_batches
         set_precision(student, self.phases[-1].precision.at(1.0))
@@ -279,7 +280,9 @@ class Loop:
         end: dict[str, float] = {}
         if ema is not None:
             reestimate_batch_norm(ema, self.feed.plain(max(num_batches, 1)))
+            self._settle(ema)
             end["ema_accuracy"] = self._accuracy(ema)
+        self._settle(student)
         reached = self._accuracy(student)
         position.best_accuracy = max(position.best_accuracy, reached)
         self._display.say(f"finished: accuracy {100 * reached:.2f} %, best {100 * position.best_accuracy:.2f} %")
@@ -288,3 +291,9 @@ class Loop:
         counts = {"skipped_steps": position.skipped, "seconds": position.seconds, "diverged": diverged}
         self._records.write("end", "student", **end, **counts)
         return Outcome(networks, reached, ema, end.get("ema_accuracy"), position, diverged)
+
+    def _settle(self, network: nn.Module) -> None:
+        """What is evaluated, and saved, is then what an integer engine computes."""
+        images = next(self.feed.plain(1), None)
+        if images is not None:
+            settle_biases(network, images)
