@@ -435,6 +435,32 @@ def test_a_sum_that_only_quantized_layers_read_needs_no_quantizer_and_no_warning
     assert streams(student) == [f"one.{OUTPUT_STREAM}", f"two.{OUTPUT_STREAM}"]
 
 
+class Gated(nn.Module):
+    """Convolutions whose results are read by a SiLU, by a gate, by two layers, by a norm and by nobody's quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU()
+        self.expand, self.gate = nn.Conv2d(8, 8, 1), nn.Sigmoid()
+        self.shared, self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.norm, self.plain, self.last = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.stem(x)))
+        x = x * self.gate(self.expand(x))
+        x = F.relu(self.shared(x))
+        x = self.norm(self.one(x)) * self.two(x)
+        return self.last(F.relu6(self.plain(x)))
+
+
+def test_what_a_convolution_gives_to_no_quantized_layer_is_quantized():
+    """But for rectifiers, which the next layer's quantizer takes in, and for the network's own result."""
+    seen = trace(Gated(), tuple(QUANTIZED))
+    wanted = {"bn": "SiLU", "expand": "the gate", "shared": "two layers", "one": "a norm", "two": "a product"}
+    assert {place.module: place.side for place in seen.places} == dict.fromkeys(wanted, "output")
+    assert seen.unreachable == ()
+
+
 def test_unreachable_sums_are_named():
     with pytest.warns(UserWarning, match="values inside the model itself are reached by no module"):
         quantize(Flat())

@@ -1,7 +1,8 @@
-"""Residual streams: what enters and leaves additions, concatenations and pooling, found by one symbolic trace.
+"""Streams: what enters and leaves additions, concatenations and pooling, and what convolutions give to float operators.
 
-A convolution whose output is added in float cannot run on integers in ONNX Runtime. ``residual=8`` therefore trains
-8-bit quantizers on these values. They hang on modules as hooks, so that the model's own forward stays what it was.
+A convolution whose output is added in float, or read by a SiLU, a gate or a layer norm, cannot run on integers in ONNX
+Runtime. ``residual=8`` therefore trains 8-bit quantizers on these values, found by one symbolic trace. They hang on
+modules as hooks, so that the model's own forward stays what it was.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _TRANSPARENT_FUNCTIONS = {*_SPLIT_FUNCTIONS, F.pad, F.relu, torch.relu, F.max_po
 _TRANSPARENT_METHODS = {*_SPLIT_METHODS, "relu", "relu_"}
 _TRANSPARENT_MODULES = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.Dropout, nn.Flatten)
 # Activations that follow an addition before its result is read.
-_RECTIFIER_FUNCTIONS = {F.relu, torch.relu, F.relu6}
-_RECTIFIER_MODULES = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout)
+_RECTIFIER_FUNCTIONS = {F.relu, torch.relu, F.relu6, F.hardtanh}
+_RECTIFIER_MODULES = (nn.ReLU, nn.Hardtanh, nn.Identity, nn.Dropout)
 # Their forward runs whatever they hold, so that a quantizer among it would run as one more layer.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SIZES = {"size", "dim", "numel", "__len__"}
@@ -142,6 +143,12 @@ class _Finder:
 
     def streams(self, node: fx.Node) -> Iterator[fx.Node]:
         """The values that need a quantizer because of ``node``."""
+        if self._is_convolution(node):
+            chain = self._normed(node)
+            readers = self._behind(chain[-1])
+            if any(not self._is_quantized(reader) for reader in readers) or len(readers) > 1:
+                yield self._reachable(chain)
+            return
         operands = [v for v in self._operands(node) if self._is_activation(v)]
         if not operands:
             return
@@ -191,6 +198,44 @@ class _Finder:
 
     def _can_hold(self, path: str) -> bool:
         return path != "" and not isinstance(self.modules[path], _CONTAINERS)
+
+    def _is_convolution(self, node: fx.Node) -> bool:
+        return self._is_quantized(node) and isinstance(self.modules[str(node.target)], nn.Conv2d)
+
+    def _normed(self, node: fx.Node) -> list[fx.Node]:
+        """A convolution's result, and what its batch norm and rectifiers make of it: an engine folds them into it."""
+        chain, readers = [node], _readers(node)
+        if len(readers) == 1 and self._is_norm(readers[0]):
+            chain.append(readers[0])
+        return self._rectified(chain)
+
+    def _rectified(self, chain: list[fx.Node]) -> list[fx.Node]:
+        """``chain`` and the rectifiers behind it, as long as nobody else reads what is between."""
+        while len(_readers(chain[-1])) == 1 and self._is_rectifier(_readers(chain[-1])[0]):
+            chain.append(_readers(chain[-1])[0])
+        return chain
+
+    def _reachable(self, chain: list[fx.Node]) -> fx.Node:
+        """The last value that a hook reaches, or else the last one."""
+        return next((value for value in reversed(chain) if self.place(value)), chain[-1])
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[str(node.target)], nn.BatchNorm2d)
+        return _calls(node, {F.batch_norm}, set())
+
+    def _behind(self, value: fx.Node) -> list[fx.Node]:
+        """What reads ``value``, behind what only hands it on, but for operators whose operands are streams anyway."""
+        found: list[fx.Node] = []
+        for user in _readers(value):
+            if self._is_transparent(user) or self._is_rectifier(user):
+                found += self._behind(user)
+            elif user.op != "output" and not self._operands(user):
+                found.append(user)
+        return found
+
+    def _is_quantized(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], self.quantizable)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         if _calls(node, _ADDITIONS, {"add", "add_"}):
@@ -250,10 +295,7 @@ class _Finder:
 
     def _result(self, node: fx.Node) -> fx.Node:
         """What leaves an addition: its value behind the rectifier, where that is all that reads it."""
-        chain = [node]
-        while len(_readers(chain[-1])) == 1 and self._is_rectifier(_readers(chain[-1])[0]):
-            chain.append(_readers(chain[-1])[0])
-        return next((value for value in reversed(chain) if self.place(value)), chain[-1])
+        return self._reachable(self._rectified([node]))
 
 
 def _calls(node: fx.Node, functions: Collection[Any], methods: Collection[str]) -> bool:

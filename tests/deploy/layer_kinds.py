@@ -130,6 +130,18 @@ class Attention(nn.Module):
         return x + self.proj(y.transpose(1, 2).reshape(n, t, c))
 
 
+class ClippedSum(nn.Module):
+    """A sum that is carried on, and clipped to bounds of its own for a convolution."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.relu, self.clip = first, second, nn.ReLU(), nn.Hardtanh(0.15, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x) + x)
+        return self.second(self.clip(x)) + x
+
+
 class Scale(nn.Module):
     """ConvNeXt's and CaiT's layer scale, for each channel at the end of the shape."""
 
@@ -223,6 +235,9 @@ KINDS: dict[str, Kind] = {
             Add(nn.Sequential(_mlp(s.channels, nn.ReLU()), Scale(s.channels)), nn.Identity(), nn.Identity()),
         )
     ],
+    "clipped sum": lambda s: [ClippedSum(nn.Sequential(*_normed(s)), nn.Sequential(*_normed(s, 1)))],
+    "two readers": lambda s: [*_unit(s), Add(nn.Sequential(*_unit(s)), nn.Sequential(*_unit(s, 1)), nn.Identity())],
+    "norm of a map": lambda s: [_conv(s), OnTokens(nn.LayerNorm(s.channels)), *_unit(s, 1)],
 }
 """What stands between a stem and a head, by its name; kinds that shrink the map to nothing stand last in their row."""
 

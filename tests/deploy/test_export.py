@@ -15,6 +15,7 @@ from torch import nn
 import fewbits.calibration as calibration
 import fewbits.convert as convert
 from fewbits.deploy import Exported, ParityError, export
+from fewbits.deploy.sessions import kernels
 
 from . import networks
 from .networks import Concat, Plain, Residual, Tokens, Twice, cases, images, student
@@ -38,8 +39,8 @@ def test_every_method_is_exported_equal(method: str, bits: int, tmp_path: Path):
     found = ship(student(Residual(), bits, bits, method), tmp_path)
     assert min(row.equal for row in found.codes) >= 0.999
     assert found.size_bytes == found.path.stat().st_size
-    kernels = {row.name: row for row in found.layers}
-    assert list(kernels) == ["stem", "conv1", "conv2", "head"]
+    layers = {row.name: row for row in found.layers}
+    assert list(layers) == ["stem", "conv1", "conv2", "head"]
     integer = {"QLinearConv", "QGemm"}
     assert all((row.kernel in integer) == (row.reason == "") for row in found.layers)
     if method == "lsq" and bits not in (1, 6, 7):
@@ -136,6 +137,15 @@ def test_ties_round_to_even_and_sign_of_zero_is_plus(tmp_path: Path):
         model.conv.input_quantizer.step.fill_(0.125)
     found = export(model, tmp_path / "ties.onnx", example=x, normalisation=None, minimum_equal=0.0)
     assert {row.equal for row in found.codes} == {1.0}
+
+
+def test_a_silu_stays_one_operator(tmp_path: Path):
+    body = [nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.ReLU()]
+    found = ship(student(Plain(*body), 4, 4), tmp_path)
+    assert not [row for row in found.layers if row.reason]
+    _, counted = kernels(found.path.read_bytes())
+    assert counted["QuickGelu"] == 1
+    assert counted["Sigmoid"] == 0
 
 
 def test_any_batch_size_and_normalisation_inside(tmp_path: Path):

@@ -16,6 +16,7 @@ from fewbits.calibration import calibrate
 from fewbits.convert import quantize
 from fewbits.deploy import Exported, export
 from fewbits.deploy.engines import ENGINES
+from fewbits.integers import settle_biases
 from fewbits.quantizers import METHODS, Quantizer
 
 from .layer_kinds import KINDS, ROWS, Chain, Sizes, images
@@ -27,11 +28,8 @@ PAIRS = [(method, bits) for method, made in METHODS.items() for bits in WIDTHS i
 
 SIGNED = {"silu", "hardswish", "gelu", "leaky", "prelu", "mish", "without activation", "linear residual", "layer norm"}
 SIGNED |= {"gelu mlp", "attention", "fused attention", "layer scale", "hardtanh", "hard excited", "excited"}
+SIGNED |= {"clipped sum", "norm of a map"}
 """Kinds with a layer that reads negative numbers, which PACT and DoReFa refuse."""
-
-COMPUTED_IN_FLOAT = "Sigmoid|Mul|HardSwish|HardSigmoid|Gelu|LeakyRelu|PRelu|Mish|Softplus|Resize"
-COMPUTED_IN_FLOAT += "|BatchNormalization|GroupNormalization|LayerNormalization|several quantizers"
-"""ONNX Runtime has integers only where one quantizer reads the result. With residual=8 nothing else may stand there."""
 
 NO_INTEGERS = r"float offset|do not fit into 8 bits|found anew in every batch"
 """Why some grids have no integer kernel in any engine."""
@@ -75,9 +73,9 @@ def ship(model: nn.Module, x: Tensor, engine: str, folder: Path) -> Exported:
 
 
 def check_integers(found: Exported, engine: str, method: str) -> None:
-    """Every layer is on integers but for grids and places that cannot be, and these say why.
+    """Every layer is on integers but for grids that cannot be, and these say why.
 
-    In ONNX Runtime a small layer may have a channel whose bias no whole number says well enough.
+    In ONNX Runtime a small layer that was not settled may have a channel whose bias no whole number says well enough.
     """
     coarse = [row.name for row in found.layers if "int32 bias is too coarse" in row.reason]
     assert len(coarse) <= 1, coarse
@@ -86,10 +84,7 @@ def check_integers(found: Exported, engine: str, method: str) -> None:
             continue
         assert engine == "onnxruntime", row
         # Around dynamic ranges and signs there is no quantizer that reads a sum.
-        if METHODS[method].bits != (1,) and method != "minmax":
-            readers = re.search(r"its output is read by (.*), not by one quantizer alone", row.reason)
-            assert readers, row
-            assert all(re.fullmatch(COMPUTED_IN_FLOAT, name) for name in readers[1].split(" and ")), row
+        assert METHODS[method].bits == (1,) or method == "minmax", row
 
 
 def pairs_of(index: int) -> list[tuple[str, int]]:
@@ -103,8 +98,13 @@ def pairs_of(index: int) -> list[tuple[str, int]]:
 def test_kinds(index: int, engine: str, tmp_path: Path):
     network, x = float_network(ROWS[index], Sizes())
     for method, bits in [("lsq", 4), *pairs_of(index)]:
-        found = ship(student(network, x, method, bits), x, engine, tmp_path)
+        model = student(network, x, method, bits)
+        settle_biases(model, x)
+        found = ship(model, x, engine, tmp_path)
         check_integers(found, engine, method)
+        assert method == "ewgs" or not [row for row in found.layers if "too coarse" in row.reason]
+        if (method, bits) == ("lsq", 4):
+            assert not [row for row in found.layers if row.reason]
 
 
 def test_every_method_and_width_is_among_them():
@@ -218,6 +218,14 @@ def test_an_average_is_not_rounded(engine: str, method: str, tmp_path: Path, mon
     monkeypatch.setitem(KINDS, "transition", lambda sizes: transition)
     network, x = float_network(("plain", "transition"), Sizes())
     ship(student(network, x, method, 4), x, engine, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_a_clip_keeps_its_bounds(engine: str, bits: int, tmp_path: Path):
+    # OpenVINO moved the bounds of a Clip behind 8-bit codes onto their grid: 27 % of what a layer read was wrong.
+    network, x = float_network(("clipped sum",), Sizes())
+    ship(student(network, x, "lsq", bits), x, engine, tmp_path)
 
 
 def test_max_pools_of_vgg_do_not_ask_for_a_stream_quantizer(tmp_path: Path):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewbits.convert import quantize
+from fewbits.layers import QuantLinear
 from fewbits.models import adapt, build, pretrained, timm_models
 
 needs_timm = pytest.mark.skipif(
@@ -23,6 +25,15 @@ def test_building(name, channels, size):
     with torch.no_grad():
         assert model(torch.rand(2, channels, size, size)).shape == (2, 5)
     assert model.architecture == f"timm:{name}"
+
+
+@needs_timm
+def test_layers_of_timm_s_own_that_are_plain_ones_are_quantized():
+    """Found: the classifiers of MobileNetV3, LCNet and GhostNet stayed float, for timm has a Linear of its own."""
+    student = quantize(build("timm:lcnet_050", num_classes=5), 4, 4)
+    assert isinstance(student.classifier, QuantLinear)
+    assert student.classifier.weight_quantizer.bits == 8  # it is the last layer
+    assert student.conv_head.weight_quantizer.bits == 4
 
 
 @needs_timm

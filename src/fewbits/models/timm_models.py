@@ -49,6 +49,10 @@ def build_timm(name: str, *, num_classes: int, channels: int, image_size: int | 
             f"timm:{name} cannot be built for {num_classes} classes, {channels} channels and image size {image_size}: "
             f"{error}"
         ) from error
+    for module in model.modules():
+        if type(module) is timm.layers.Linear:
+            # Outside of TorchScript it computes what its parent does; as a subclass it would not be quantized.
+            module.__class__ = nn.Linear
     model.architecture = f"{PREFIX}{name}"  # type: ignore[assignment]  # a text for errors, not a module
     return model
 
