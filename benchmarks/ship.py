@@ -1,11 +1,12 @@
 r"""Size and latency of whole networks in both engines, float and low-bit, beside ONNX Runtime's own int8.
 
 ResNet-20 has its CIFAR-10 weights, the others random ones (there are no ImageNet weights here), with ranges calibrated
-on CIFAR-10 or 17 Flowers: times and sizes are those of trained networks, predictions are nobody's. The binary ResNet-18
-has Bi-Real's double shortcuts, PReLU and ReActNet's thresholds; stem, classifier and 1x1 shortcuts have 8 bits (a row
-of its own: float shortcuts, as in its papers). The peer is ``onnxruntime.quantization.quantize_static`` of the same
-float network and the same images: unsigned activations, signed weights, its faster kind on x86; in OpenVINO it is
-NNCF's post-training quantization, where that is installed.
+on CIFAR-10 or 17 Flowers and biases settled, as at the end of ``fit``: times and sizes are those of trained networks,
+predictions are nobody's. The binary ResNet-18 has Bi-Real's double shortcuts, PReLU and ReActNet's thresholds; stem,
+classifier and 1x1 shortcuts have 8 bits (a row of its own: float shortcuts, as in its papers).
+The peer is ``onnxruntime.quantization.quantize_static`` of the same float network and the same images: unsigned
+activations, signed weights, its faster kind on x86; in OpenVINO it is NNCF's post-training quantization, where that is
+installed.
 
     python benchmarks/ship.py export          # leaves the files in runs/ship; each is proved layer by layer
     python benchmarks/ship.py bench           # on a machine that does nothing else
@@ -66,6 +67,7 @@ NETWORKS = {
     "resnet18": Network("timm:resnet18"),
     "resnet18-binary": Network("timm:resnet18", is_binary=True),
     "mobilenetv2": Network("timm:mobilenetv2_100"),
+    "efficientnet-b0": Network("timm:efficientnet_b0"),
     "vit-tiny": Network("timm:vit_tiny_patch16_224"),
 }
 
@@ -106,6 +108,7 @@ def students(network: Network, model: nn.Module, images: Tensor) -> Iterator[tup
         for bits in BITS:
             student = fb.quantize(model, bits, bits)
             fb.calibrate(student, [images])
+            fb.settle_biases(student, images)
             yield f"{bits}/{bits}", student
         return
     for name, is_float in (("1/1", False), ("1/1, float shortcuts", True)):
@@ -113,7 +116,8 @@ def students(network: Network, model: nn.Module, images: Tensor) -> Iterator[tup
         rewritten = bireal(model, "prelu", float_shortcut=is_float)
         student = fb.quantize(rewritten, 1, 1, quantizer="react", rules=rules)
         fb.calibrate(student, [images])
-        yield name, lived(student, images)
+        fb.settle_biases(lived(student, images), images)
+        yield name, student
 
 
 def export(name: str) -> None:

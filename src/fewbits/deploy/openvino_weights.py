@@ -1,11 +1,13 @@
 """Weights for OpenVINO: packed in the file, looked up in a table, folded to int8 when it is loaded.
 
-They are folded only if no uint8 constant meets a Gather or a shift directly: codes and table are cast to int32 first.
-A FakeQuantize of 255 levels then tells OpenVINO that the floats are integers times a scale.
+They are folded only if no uint8 constant meets a Gather or a shift directly: codes are cast to int32 first, and the
+table to the floats that come of it. A FakeQuantize of 255 levels then tells OpenVINO that the floats are integers times
+a scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,10 @@ def fake_quantize(
     builder: Builder, x: ir.Value, bounds: tuple[Any, Any], outputs: tuple[Any, Any], levels: int
 ) -> ir.Value:
     """OpenVINO's operator: ``x`` clipped to ``bounds``, rounded to ``levels`` levels, spread over ``outputs``."""
-    ends = [builder.constant(end, np.float32) for end in (*bounds, *outputs)]
+    return _fake_quantize(builder, x, [builder.constant(end, np.float32) for end in (*bounds, *outputs)], levels)
+
+
+def _fake_quantize(builder: Builder, x: ir.Value, ends: Sequence[ir.Value], levels: int) -> ir.Value:
     node = ir.node("FakeQuantize", [x, *ends], {"levels": levels}, domain=DOMAIN)
     return builder.append(node)
 
@@ -43,8 +48,9 @@ def weight(builder: Builder, grid: WeightGrid, factor: Floats, *, transposed: bo
         value = builder.node("Mul", value, builder.constant(np.where(turned, -1, 1).reshape(shape), np.float32))
     # A channel that batch norm switches off has no grid of its own; its weights are zero whatever the grid.
     scale = np.where(scale > 0, scale, np.finfo(np.float32).tiny)
-    bounds = (-float(LARGEST_WEIGHT), float(LARGEST_WEIGHT))
-    return fake_quantize(builder, value, bounds, (bounds[0] * scale, bounds[1] * scale), WEIGHT_LEVELS)
+    bounds = [builder.constant(end, np.float32) for end in (-LARGEST_WEIGHT, LARGEST_WEIGHT)]
+    highest = builder.constant(LARGEST_WEIGHT * scale, np.float32)
+    return _fake_quantize(builder, value, (*bounds, builder.node("Neg", highest), highest), WEIGHT_LEVELS)
 
 
 def fits(grid: WeightGrid) -> bool:
@@ -64,22 +70,25 @@ def _integers(builder: Builder, grid: WeightGrid, codes: Ints) -> ir.Value:
     bits, shape = grid.bits, builder.constant(codes.shape, np.int64)
     packed = pack(codes, bits)
     stored = builder.constant(packed, np.uint8, f"{grid.name}.packed")
-    value = builder.node("Cast", stored, to=ir.DataType.INT32)
     width = bits if 8 % bits == 0 else 1
-    if width < 8:
+    if width == 8:
+        value = builder.node("Cast", stored, to=ir.DataType.FLOAT)
+    else:
         fields = (np.arange(256)[:, None] >> np.arange(0, 8, width)) & (2**width - 1)
-        table = builder.node("Cast", builder.constant(fields, np.uint8), to=ir.DataType.INT32)
-        value = builder.node("Gather", table, value)
-    value = builder.node("Cast", value, to=ir.DataType.FLOAT)
+        if width == bits:
+            fields = fields * grid.gain + grid.low
+        table = builder.once("Cast", builder.constant(fields, np.int8), to=ir.DataType.FLOAT)
+        value = builder.node("Gather", table, builder.node("Cast", stored, to=ir.DataType.INT32))
     if codes.size * bits != packed.size * 8:
         value = _first(builder, value, codes.size * bits // width)
     if width != bits:
         # Codes cross bytes: single bits, put together by a product with 1, 2, 4, ...
         value = builder.node("Reshape", value, builder.constant([-1, bits], np.int64))
         value = builder.node("MatMul", value, builder.constant(2.0 ** np.arange(bits)[:, None], np.float32))
-    if grid.gain != 1:
-        value = builder.node("Mul", value, builder.constant(grid.gain, np.float32))
-    value = builder.node("Add", value, builder.constant(grid.low, np.float32))
+    if width != bits or width == 8:
+        if grid.gain != 1:
+            value = builder.node("Mul", value, builder.constant(grid.gain, np.float32))
+        value = builder.node("Add", value, builder.constant(grid.low, np.float32))
     return builder.node("Reshape", value, shape)
 
 
