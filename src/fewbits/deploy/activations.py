@@ -98,6 +98,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     zero_point, scale = -zero.low, zero.scale.float().numpy()
     lowest, highest = 0, zero.high - zero.low
     step, lower_end = steps_of(quantizer)
+    shape = x.shape
     views: list[ir.Node] = []
     while (node := producer(x, "Relu", "Clip", "MaxPool", *_VIEWS)) is not None and only_reader_of(x):
         if node.op_type in ("MaxPool", *_VIEWS):
@@ -121,6 +122,8 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     behind_codes = producer(x, "DequantizeLinear") is not None
     if lower_end != 0.0:
         x = builder.node("Sub", x, builder.constant(lower_end, np.float32))
+    elif behind_codes and x.shape is not None:
+        x = builder.node("Add", x, _nothing(builder, len(x.shape)))
     codes_value = builder.node(
         "QuantizeLinear", x, builder.constant(step, np.float32), builder.constant(zero_point, np.uint8)
     )
@@ -135,7 +138,21 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
         if node.op_type == "MaxPool":
             cut = Cut(name, call, codes_value, zero_point, _sizes(node.outputs[0]))
     grid = Grid(float(scale), zero_point, lowest, highest)
-    return dequantize(builder, codes_value, builder.constant(scale, np.float32), grid), cut
+    value = dequantize(builder, codes_value, builder.constant(scale, np.float32), grid)
+    value.shape = shape
+    return value, cut
+
+
+def _nothing(builder: Builder, rank: int) -> ir.Value:
+    """Zero on a grid of its own.
+
+    From grid to grid is then one kernel on bytes (QLinearAdd) in ONNX Runtime, instead of a DequantizeLinear and a
+    QuantizeLinear with floats between them: 24 us instead of 47 for 56 x 56 x 64 codes. The zero is a tensor that
+    nobody else reads: where layouts change it is transposed, and a convolution whose zero point no longer is a constant
+    takes three times as long.
+    """
+    scale, zero_point = builder.constant(1.0, np.float32), builder.constant(0, np.uint8)
+    return builder.once("DequantizeLinear", builder.constant(np.zeros([1] * rank), np.uint8), scale, zero_point)
 
 
 def steps_of(quantizer: Quantizer) -> tuple[float, float]:

@@ -43,12 +43,14 @@ class Builder:
         """Append a node of the default domain and return its first output."""
         return self.copy(op, inputs, attributes)
 
-    def once(self, op: str, x: ir.Value, **attributes: Any) -> ir.Value:
-        """Like ``node`` of a constant, but one that is there already is used again."""
-        for use in x.uses():
-            if use.node.op_type == op and {k: a.value for k, a in use.node.attributes.items()} == attributes:
-                return use.node.outputs[0]
-        return self.node(op, x, **attributes)
+    def once(self, op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Like ``node`` of constants, but one that is there already is used again."""
+        for use in inputs[0].uses():
+            node = use.node
+            is_same = node.op_type == op and tuple(node.inputs) == inputs
+            if is_same and {name: attribute.value for name, attribute in node.attributes.items()} == attributes:
+                return node.outputs[0]
+        return self.node(op, *inputs, **attributes)
 
     def copy(self, op: str, inputs: tuple[ir.Value | None, ...], attributes: Any) -> ir.Value:
         """Like ``node``, with attributes that were taken from another node."""
