@@ -138,6 +138,47 @@ def test_a_norm_behind_two_layers_is_left_alone():
     assert torch.equal(model.norm.running_mean, before)
 
 
+class Bare(nn.Module):
+    """A convolution that a sum reads as well as its batch norm, which is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm, self.act = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.sum, self.head = nn.Identity(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x).relu())
+        return self.head(self.sum(self.act(self.norm(input=y)) + y).mean((2, 3)))
+
+
+def test_behind_a_stream_quantizer_the_bias_counts_and_not_the_norm():
+    model = student(Bare(), 8, 8)
+    mean = model.norm.running_mean.clone()
+    assert float(far(model.conv, None).max()) > 0.1
+    settle_biases(model, images(2))
+    assert torch.equal(model.norm.running_mean, mean)
+    assert float(far(model.conv, None).max()) < 2e-2
+
+
+def test_a_norm_that_is_called_by_keyword_is_seen():
+    model = student(Bare(), 8, 8, residual=None)
+    bias = model.conv.bias.clone()
+    settle_biases(model, images(2))
+    assert torch.equal(model.conv.bias, bias)
+    assert float(far(model.conv, model.norm).max()) < 2e-2
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 8, 8), (1, 3, 0, 0)])
+def test_no_images(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"images must be a batch of images, N x C x H x W, got \("):
+        settle_biases(student(Residual(), 8, 8), torch.zeros(shape))
+
+
+def test_a_student_that_was_never_calibrated():
+    with pytest.raises(ValueError, match="student was never calibrated"):
+        settle_biases(quantize(Residual(), 8, 8), images(2))
+
+
 def test_a_layer_that_runs_twice_is_settled_once():
     model = student(Plain(Twice()), 8, 8)
     old = in_units(model.body[0].conv, model.body[0].bn)
@@ -146,7 +187,7 @@ def test_a_layer_that_runs_twice_is_settled_once():
 
 
 def test_what_has_no_grid_is_left_alone():
-    for method, bits in (("minmax", 4), ("dorefa", 8)):
+    for method, bits in (("minmax", 4), ("dorefa", 8), ("ewgs", 4)):
         model = student(Residual(), bits, bits, method, ends=32)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert settle_biases(model, images(2)) == 0

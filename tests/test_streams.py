@@ -461,6 +461,21 @@ def test_what_a_convolution_gives_to_no_quantized_layer_is_quantized():
     assert seen.unreachable == ()
 
 
+class ClippedMean(nn.Module):
+    """A mean of what a function clips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu6(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def test_in_front_of_a_rectifier_that_no_hook_reaches():
+    assert streams(quantize(ClippedMean())) == [f"bn.{OUTPUT_STREAM}"]
+
+
 def test_unreachable_sums_are_named():
     with pytest.warns(UserWarning, match="values inside the model itself are reached by no module"):
         quantize(Flat())

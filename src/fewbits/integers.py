@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .convert import quantizers_of
 from .layers import QuantConv2d
 from .quantizers import Codes, Quantizer
 
@@ -84,8 +85,8 @@ def settle_biases(student: nn.Module, images: Tensor) -> int:
     its last evaluation.
 
     Left alone: convolutions whose weight or input has no fixed grid, channels that are constant, a batch norm that
-    reads several layers, and what follows any other operator. EWGS reads its input from a learned lower end on: a layer
-    in front of it is moved onto the grid without that end, which is none then.
+    reads several layers, and what follows any other operator. And networks with EWGS activations: these subtract a
+    learned lower end first, which belongs to the bias in front of them and is on no grid.
 
     Args:
         student: quantized and calibrated; changed in place, running means and biases alone.
@@ -96,9 +97,18 @@ def settle_biases(student: nn.Module, images: Tensor) -> int:
 
     Raises:
         TypeError: a student that is no network, images that are no tensor.
+        ValueError: a student that was never calibrated; images of another shape than N x C x H x W, or none.
     """
     checks.check_network("student", student)
     checks.check("images", images, Tensor)
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"images must be a batch of images, N x C x H x W, got {tuple(images.shape)}")
+    quantizers = dict(quantizers_of(student))
+    never = [name for name, quantizer in quantizers.items() if quantizer.needs_data and not bool(quantizer.calibrated)]
+    if never:
+        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
+    if not quantizers or any(quantizer.engine == "transformed" for quantizer in quantizers.values()):
+        return 0
     readers = _norms_behind(student, images)
     shared = {id(norm) for name, norm in readers for other, same in readers if norm is same and name != other}
     settled = set()
@@ -178,26 +188,30 @@ def _nearest(wanted: Floats, factors: Ints) -> Floats:
 
 def _norms_behind(student: nn.Module, images: Tensor) -> list[tuple[str, nn.BatchNorm2d]]:
     """The convolutions by name, each with a batch norm that reads its result, by one pass."""
-    results: dict[int, tuple[str, Tensor]] = {}
+    results: dict[int, tuple[str, Tensor, int]] = {}
     found: list[tuple[str, nn.BatchNorm2d]] = []
 
     def give(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            results[id(output)] = (name, output)  # kept alive, so that no other tensor gets its id
+            # Kept alive, so that no other tensor gets its id; and what changes it in place raises its version.
+            results[id(output)] = (name, output, output._version)
 
         return hook
 
-    def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-        pair = (results[id(args[0])][0], cast(nn.BatchNorm2d, module)) if args and id(args[0]) in results else None
-        if pair is not None and pair not in found:
+    def take(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = args[0] if args else named.get("input")
+        name, _, version = results.get(id(x), ("", None, -1))
+        pair = (name, cast(nn.BatchNorm2d, module))
+        if isinstance(x, Tensor) and x._version == version and pair not in found:
             found.append(pair)
 
     handles = []
     for name, module in student.named_modules():
         if isinstance(module, QuantConv2d):
-            handles.append(module.register_forward_hook(give(name)))
+            # First of all hooks: a stream's quantizer stands between the convolution and who reads it then.
+            handles.append(module.register_forward_hook(give(name), prepend=True))
         elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(take))
+            handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
     modes = [(module, module.training) for module in student.modules()]
     try:
         student.eval()

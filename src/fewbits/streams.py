@@ -264,7 +264,7 @@ class _Finder:
     def _source(self, node: fx.Node) -> fx.Node:
         """Walk back over what does not leave the grid."""
         # A view of a value is quantized where the value is made; a rectifier makes one, unless nothing reaches it.
-        while self._is_transparent(node) and node.all_input_nodes:
+        while (self._is_transparent(node) or self._is_rectifier(node)) and node.all_input_nodes:
             if self._is_rectifier(node) and not self._only_hands_on(node) and self.place(node) is not None:
                 break
             node = node.all_input_nodes[0]

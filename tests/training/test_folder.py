@@ -22,6 +22,12 @@ def content(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+def test_a_file_is_no_run_folder(tmp_path: Path):
+    (tmp_path / "student.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"student\.onnx is no run folder: it is a file"):
+        read_json(tmp_path / "student.onnx" / "run.json")
+
+
 def test_a_run_that_is_there_is_refused(tmp_path: Path):
     train("plain", tmp_path, epochs=1)
     before = content(tmp_path)

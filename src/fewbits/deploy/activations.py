@@ -24,6 +24,9 @@ from .builder import Builder, array_of, producer
 GRID = "fewbits.grid"
 """Key in a value's ``meta``: the ``Grid`` that its numbers are on."""
 
+RANK = "fewbits.rank"
+"""Key in a value's ``meta``: how many dimensions it has."""
+
 SIGNS = (Sign, XNORActivation, BiRealActivation, ReActActivation)
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
@@ -98,7 +101,7 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     zero_point, scale = -zero.low, zero.scale.float().numpy()
     lowest, highest = 0, zero.high - zero.low
     step, lower_end = steps_of(quantizer)
-    shape = x.shape
+    rank = len(x.shape) if x.shape is not None else x.meta.get(RANK)
     views: list[ir.Node] = []
     while (node := producer(x, "Relu", "Clip", "MaxPool", *_VIEWS)) is not None and only_reader_of(x):
         if node.op_type in ("MaxPool", *_VIEWS):
@@ -122,8 +125,8 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
     behind_codes = producer(x, "DequantizeLinear") is not None
     if lower_end != 0.0:
         x = builder.node("Sub", x, builder.constant(lower_end, np.float32))
-    elif behind_codes and x.shape is not None:
-        x = builder.node("Add", x, _nothing(builder, len(x.shape)))
+    elif behind_codes and RANK in x.meta:
+        x = builder.node("Add", x, _nothing(builder, x.meta[RANK]))
     codes_value = builder.node(
         "QuantizeLinear", x, builder.constant(step, np.float32), builder.constant(zero_point, np.uint8)
     )
@@ -139,7 +142,8 @@ def _uniform(builder: Builder, x: ir.Value, quantizer: Quantizer, name: str, cal
             cut = Cut(name, call, codes_value, zero_point, _sizes(node.outputs[0]))
     grid = Grid(float(scale), zero_point, lowest, highest)
     value = dequantize(builder, codes_value, builder.constant(scale, np.float32), grid)
-    value.shape = shape
+    if rank is not None:
+        value.meta[RANK] = rank
     return value, cut
 
 

@@ -36,6 +36,7 @@ def freeze_ranges(student: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         batches: images, N x C x H x W, normalised as in training; a few hundred, in batches of the training's size.
 
     Raises:
+        TypeError: batches that hold anything but tensors.
         ValueError: no quantizer is dynamic, one has a single bit, or there is no batch.
     """
     dynamic = {name: quantizer for name, quantizer in quantizers_of(student) if isinstance(quantizer, MinMax)}
@@ -44,7 +45,14 @@ def freeze_ranges(student: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     single = [name for name, quantizer in dynamic.items() if quantizer.bits == 1]
     if single:
         raise ValueError(f"a frozen range needs 2 bits or more to have a zero and a sign, {single[0]} has 1")
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must be an iterable of batches, got one tensor; pass [images]")
     batches = list(batches)
+    for images in batches:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"batches must hold images N x C x H x W, got {type(images).__name__}; leave labels out")
+        if images.ndim != 4 or images.numel() == 0:
+            raise ValueError(f"batches must hold images N x C x H x W, got {tuple(images.shape)}")
     ranges = _ranges(student, dynamic, batches)
     frozen = copy.deepcopy(student)
     for name, quantizer in dynamic.items():

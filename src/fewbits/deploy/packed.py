@@ -128,7 +128,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     network = _architecture(path, header, model)
     misfit = (
         f"{path} does not fit {type(network).__name__ if model is None else 'model, a ' + type(model).__name__}: it "
-        f"holds a {header['network']} with other layers or sizes; pass the architecture that was packed as model"
+        f"holds a {header['network']} with other layers, sizes or residual streams; pass the architecture that was "
+        "packed as model, or pack it again if another version of fewbits did"
     )
     quantizers = dict(sorted(quantizers_of(network)))
     if len(quantizers) != len(header["bits"]):

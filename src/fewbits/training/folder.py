@@ -130,6 +130,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no run folder: {path.name} is missing") from None
+    except NotADirectoryError:
+        raise ValueError(f"{path.parent} is no run folder: it is a file; give the folder that training wrote") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
