@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -105,14 +105,20 @@ def _pass_on(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor
     return cast(Tensor, args[0])
 
 
-def _feed(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    device = next(model.parameters()).device
-    num = 0
+def images_of(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches one by one; raises TypeError where they are no images."""
     if isinstance(batches, Tensor):
         raise TypeError("batches must be an iterable of batches, got one tensor; pass [images]")
     for images in batches:
         if not isinstance(images, Tensor):
             raise TypeError(f"batches must hold images N x C x H x W, got {type(images).__name__}; leave labels out")
+        yield images
+
+
+def _feed(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    device = next(model.parameters()).device
+    num = 0
+    for images in images_of(batches):
         images = images[: CALIBRATION_SAMPLES - num] if num < CALIBRATION_SAMPLES else images[:0]
         if len(images) == 0:
             break

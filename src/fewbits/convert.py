@@ -287,6 +287,13 @@ def _accept_float_state(model: nn.Module, result: Any) -> None:
         result.missing_keys[:] = [key for key in result.missing_keys if key not in own]
 
 
+def check_calibrated(student: nn.Module) -> None:
+    """Raises ValueError where a quantizer that takes its range from data has seen none."""
+    never = [name for name, q in quantizers_of(student) if q.needs_data and not bool(q.calibrated)]
+    if never:
+        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
+
+
 def quantizers_of(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """All quantizers with their qualified names."""
     for name, module in model.named_modules():

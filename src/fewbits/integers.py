@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .convert import quantizers_of
+from .convert import check_calibrated, quantizers_of
 from .layers import QuantConv2d
 from .quantizers import Codes, Quantizer
 
@@ -103,11 +103,9 @@ def settle_biases(student: nn.Module, images: Tensor) -> int:
     checks.check("images", images, Tensor)
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"images must be a batch of images, N x C x H x W, got {tuple(images.shape)}")
-    quantizers = dict(quantizers_of(student))
-    never = [name for name, quantizer in quantizers.items() if quantizer.needs_data and not bool(quantizer.calibrated)]
-    if never:
-        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
-    if not quantizers or any(quantizer.engine == "transformed" for quantizer in quantizers.values()):
+    check_calibrated(student)
+    engines = {quantizer.engine for _, quantizer in quantizers_of(student)}
+    if not engines or "transformed" in engines:
         return 0
     readers = _norms_behind(student, images)
     shared = {id(norm) for name, norm in readers for other, same in readers if norm is same and name != other}

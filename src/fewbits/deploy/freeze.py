@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration import images_of
 from ..convert import plan_of, quantizers_of
 from ..integers import settle_biases
 from ..quantizers import build
@@ -45,12 +46,8 @@ def freeze_ranges(student: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     single = [name for name, quantizer in dynamic.items() if quantizer.bits == 1]
     if single:
         raise ValueError(f"a frozen range needs 2 bits or more to have a zero and a sign, {single[0]} has 1")
-    if isinstance(batches, Tensor):
-        raise TypeError("batches must be an iterable of batches, got one tensor; pass [images]")
-    batches = list(batches)
+    batches = list(images_of(batches))
     for images in batches:
-        if not isinstance(images, Tensor):
-            raise TypeError(f"batches must hold images N x C x H x W, got {type(images).__name__}; leave labels out")
         if images.ndim != 4 or images.numel() == 0:
             raise ValueError(f"batches must hold images N x C x H x W, got {tuple(images.shape)}")
     ranges = _ranges(student, dynamic, batches)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..convert import plan_of, quantize, quantizers_of
+from ..convert import check_calibrated, plan_of, quantize, quantizers_of
 from ..data import Normalisation
 from ..layers import QuantLayer
 from ..quantizers.packed import INFERENCE, PackedWeight
@@ -175,9 +175,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _frozen(student: nn.Module) -> nn.Module:
     """A copy, in eval mode, whose switched-on weight quantizers are ``PackedWeight``."""
-    never = [name for name, q in quantizers_of(student) if q.needs_data and not bool(q.calibrated)]
-    if never:
-        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
+    check_calibrated(student)
     network = copy.deepcopy(student).eval()
     for name, layer in network.named_modules():
         quantizer = layer.weight_quantizer if isinstance(layer, QuantLayer) else None

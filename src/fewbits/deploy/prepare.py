@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Quantizer
+from ..convert import check_calibrated
 from .sessions import missing
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def prepare(
         normalisation = trained_with(student)
     images = _check_images(example, normalisation)
     _check_numbers(student)
-    _check_calibrated(student)
+    check_calibrated(student)
     try:
         from . import graph, onnx  # noqa: F401
     except ImportError as error:
@@ -73,14 +73,6 @@ def _check_numbers(student: nn.Module) -> None:
     bad = [n for n, t in student.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ValueError(f"student holds NaN or infinite numbers in {', '.join(bad[:5])}; it cannot be exported")
-
-
-def _check_calibrated(student: nn.Module) -> None:
-    never = [
-        n for n, m in student.named_modules() if isinstance(m, Quantizer) and m.needs_data and not bool(m.calibrated)
-    ]
-    if never:
-        raise ValueError(f"student was never calibrated ({', '.join(never[:3])}, ...): call calibrate or fit first")
 
 
 def _check_forward(network: nn.Module, normalised: Tensor, images: Tensor) -> None:
