@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "fewbits"
 
 # The rooms from the ground up. Imports go strictly downwards; rooms on the same floor do not know each other.
 FLOORS: list[list[str]] = [
-    ["names", "digest"],
+    ["names", "digest", "cache"],
     ["checks"],
     ["quantizers", "data"],
     ["layers", "streams", "models"],
@@ -38,7 +38,7 @@ FLOORS: list[list[str]] = [
 ]
 
 # Rooms that know less than their floor would allow: the only other rooms that each may import.
-ONLY: dict[str, set[str]] = {"quantizers": {"names"}, "data": {"names"}, "models": {"data", "names"}}
+ONLY: dict[str, set[str]] = {"quantizers": {"names", "cache"}, "data": {"names", "cache"}, "models": {"data", "names"}}
 
 # Rooms that must not know certain others, although those lie below them.
 NEVER: dict[str, set[str]] = {"distill": {"data", "models"}, "recipes": {"data", "models"}}

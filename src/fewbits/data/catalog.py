@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fewbits.cache import cache_dir
 from fewbits.data.dataset import Dataset
 from fewbits.data.folder import load_folder
-from fewbits.data.places import cache_dir, roots
+from fewbits.data.places import roots
 from fewbits.data.sources import SOURCES, Source
 from fewbits.data.split import TensorSplit
 from fewbits.data.torchvision_import import import_torchvision

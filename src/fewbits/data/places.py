@@ -11,12 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cache import cache_dir
+
 logger = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """`$FEWBITS_CACHE`, else `~/.cache/fewbits`; it need not exist."""
-    return Path(os.environ.get("FEWBITS_CACHE") or Path.home() / ".cache" / "fewbits")
 
 
 def roots(root: Path | None = None) -> tuple[Path, ...]:

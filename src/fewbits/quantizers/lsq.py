@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .base import Codes, Quantizer, QuantSpec
-from .rounding import Bound, positive, scaled_sign, sign_ste, to_codes
+from .native import Bound
+from .rounding import positive, scaled_sign, sign_ste, to_codes
 from .start import best_affine, best_step, sample
-from .tiles import Elementwise, Out, in_tiles, indicator
+from .sums import halved_sum
+from .tiles import Elementwise, Out, in_tiles, indicator, laid_like
 
 
 class _LearnedStep(torch.autograd.Function):
-    """One pass forward; backward recomputes the codes from ``x`` instead of storing them, in one pass as well."""
+    """Backward recomputes the codes from ``x`` instead of storing them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float) -> Tensor:
-        bounds = [bound for bound in (low, high) if isinstance(bound, Tensor)]
-        ctx.save_for_backward(x, step, *bounds)
-        ctx.bounds = None if bounds else (low, high)
-        ctx.gradient_scale = gradient_scale
+        ctx.save_for_backward(x, step, *_tensors(low, high))
+        ctx.bounds, ctx.gradient_scale = (low, high), gradient_scale
         (y,) = _elementwise(step, lambda v, out: (to_codes(v, step, low, high, out=out).mul_(step),), 1, x)
         return y
 
@@ -30,7 +31,40 @@ class _LearnedStep(torch.autograd.Function):
         x, step, *bounds = ctx.saved_tensors
         low, high = bounds or ctx.bounds
         grad_x, share = _elementwise(step, lambda *of: _gradients(step, low, high, *of), 2, x, grads[0])
-        return grad_x, share.sum_to_size(step.shape) * ctx.gradient_scale, None, None, None
+        groups = _num_groups(x, step)
+        grad_step = share.sum_to_size(step.shape) if groups is None else halved_sum(share, groups).view(step.shape)
+        return grad_x, grad_step * ctx.gradient_scale, None, None, None
+
+
+class _InOnePass(torch.autograd.Function):
+    """The same by ``kernels.cpp``, which keeps the step positive and minds the gate as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, step, gate, *_tensors(low, high))
+        ctx.bounds, ctx.gradient_scale = (low, high), gradient_scale
+        return native.lsq(x, step, low, high, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        x, step, gate, *bounds = ctx.saved_tensors
+        low, high = bounds or ctx.bounds
+        return *native.lsq_backward(x, grads[0], step, low, high, ctx.gradient_scale, gate), None, None, None, None
+
+
+def _tensors(low: Bound, high: Bound) -> list[Tensor]:
+    """Bounds that must be kept as tensors are; both are, or none."""
+    return [bound for bound in (low, high) if isinstance(bound, Tensor)]
+
+
+def _num_groups(x: Tensor, step: Tensor) -> int | None:
+    """How many values, one behind the other in memory, share a step each; None where they are scattered."""
+    if step.numel() == 1:
+        return 1
+    is_first = step.shape[0] == step.numel() == x.shape[0]
+    return x.shape[0] if is_first and x.stride(0) * x.shape[0] == x.numel() else None
 
 
 def _gradients(
@@ -49,7 +83,8 @@ def _gradients(
 def _elementwise(step: Tensor, function: Elementwise, num_results: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """In tiles, where one step serves all elements."""
     if step.ndim:
-        return function(*tensors, *[None] * num_results)
+        laid = tensors if torch.compiler.is_compiling() else [laid_like(tensor, tensors[0]) for tensor in tensors]
+        return function(*laid, *[None] * num_results)
     return in_tiles(function, num_results, *tensors)
 
 
@@ -62,7 +97,7 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float 
 
     Args:
         x: values, any shape, float32.
-        step: positive, 0-d or broadcasting against ``x``.
+        step: 0-d or broadcasting against ``x``; kept positive, see ``positive``.
         low: smallest code, -Q_N.
         high: largest code, Q_P.
         gradient_scale: 1 / sqrt(N Q_P), N the number of values that share a step (without the batch).
@@ -74,11 +109,40 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float 
     >>> y.tolist(), x.grad.tolist(), round(step.grad.item(), 4)
     ([0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 1.0, 0.0], 3.8)
     """
-    y: Tensor = _LearnedStep.apply(x, step, low, high, gradient_scale)
+    if _num_groups(x, step) is not None and native.serves(x, step):
+        return _in_one_pass(x, step, low, high, gradient_scale, None)
+    y: Tensor = _LearnedStep.apply(x, positive(step), low, high, gradient_scale)
     return y
 
 
-class LSQWeight(Quantizer):
+def _in_one_pass(
+    x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None
+) -> Tensor:
+    y: Tensor = _InOnePass.apply(x, step, low, high, gradient_scale, gate)
+    return y
+
+
+class _LSQ(Quantizer):
+    """What weights and activations share: a grid, and one pass that knows the gate."""
+
+    step: nn.Parameter
+
+    def _grid(self, x: Tensor) -> tuple[Tensor, Bound, Bound, float]:
+        """Step, smallest and largest code, gradient scale."""
+        raise NotImplementedError
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return lsq(x, *self._grid(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the base."""
+        if self._reads_buffers() or not native.serves(x, self.step):
+            return super().forward(x)
+        return _in_one_pass(x, *self._grid(x), self.enabled)
+
+
+class LSQWeight(_LSQ):
     """Signed weights, symmetric around zero: codes from -2**(b-1) to 2**(b-1) - 1.
 
     One bit is a special case of ours, for the paper's grid has no level above zero there: ``step * sign(w)``, with
@@ -109,19 +173,30 @@ class LSQWeight(Quantizer):
         return max(int(2 ** (self.bits - 1)) - 1, 1)
 
     def _step(self, x: Tensor) -> Tensor:
-        step = positive(self.step)
-        return step.view(self._per_channel(x)) if step.ndim else step
+        return self.step.view(self._per_channel(x)) if self.step.ndim else self.step
+
+    def _grid(self, x: Tensor) -> tuple[Tensor, Bound, Bound, float]:
+        return self._step(x), self.low, self.high, (self._num_shared(x) * self.high) ** -0.5
+
+    def _num_shared(self, x: Tensor) -> int:
+        """N, the number of weights that share a step."""
+        return x.numel() // self.step.numel()
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See the class."""
-        step, shared = self._step(x), x.numel() // self.step.numel()
         if self.bits == 1:
-            return scaled_sign(x, _scale_gradient(step, shared**-0.5), clip=float("inf"))
-        return lsq(x, step, self.low, self.high, (shared * self.high) ** -0.5)
+            return scaled_sign(
+                x, _scale_gradient(positive(self._step(x)), self._num_shared(x) ** -0.5), clip=float("inf")
+            )
+        return super().fake_quantize(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return Quantizer.forward(self, x) if self.bits == 1 else super().forward(x)
 
     def _encode(self, x: Tensor) -> Codes:
         """Integers that an engine multiplies as they are; one bit gives -1 and +1."""
-        step = self._step(x)
+        step = positive(self._step(x))
         codes = sign_ste(x) if self.bits == 1 else to_codes(x, step, self.low, self.high)
         return Codes(codes.to(torch.int32), step, torch.zeros_like(step), self.low, self.high)
 
@@ -136,7 +211,7 @@ class LSQWeight(Quantizer):
         self.step.copy_(torch.where(step > 0, step, 1.0).view_as(self.step))
 
 
-class LSQActivation(Quantizer):
+class LSQActivation(_LSQ):
     """Activations: codes from 0 to 2**b - 1, or an affine grid where the data go below zero.
 
     Calibration decides (ours; the paper's grid is unsigned only): with a negative minimum a whole ``zero_point``
@@ -153,11 +228,10 @@ class LSQActivation(Quantizer):
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
 
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        """See the class."""
+    def _grid(self, x: Tensor) -> tuple[Tensor, Bound, Bound, float]:
         features = x.numel() // x.shape[0] if x.ndim > 1 else x.numel()
         low: Bound = -int(self.zero_point) if self._reads_buffers() else -self.zero_point
-        return lsq(x, positive(self.step), low, low + self.num_steps, (features * self.num_steps) ** -0.5)
+        return self.step, low, low + self.num_steps, (features * self.num_steps) ** -0.5
 
     def _encode(self, x: Tensor) -> Codes:
         """Integers with a whole zero point: an engine's unsigned 8-bit type takes them as they are."""

@@ -8,16 +8,14 @@ they cannot disagree about a tie.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import native
+from .native import Bound, Slope
 from .tiles import Out, in_tiles, indicator
-
-Bound = int | Tensor
-"""A clipping bound on codes: a whole number, or a tensor of whole numbers that broadcasts."""
 
 SMALLEST_STEP = 1e-8
 """Steps, ranges and scales never fall below this."""
@@ -108,17 +106,28 @@ class _Sign(torch.autograd.Function):
     """Signs forward; backward the slope that the caller wants, a function of ``x`` alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slope: Slope, clip: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.slope = slope
+        ctx.slope, ctx.clip = slope, clip
+        ctx.native = _in_one_pass(x)
+        if ctx.native:
+            return native.sign(x)
         (signs,) = in_tiles(lambda v, out: (_sign(v, out),), 1, x)
         return signs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, ctx.slope(v), out=out),), 1, x, grads[0])
-        return grad, None
+        if ctx.native:
+            return native.sign_backward(x, grads[0], ctx.slope, ctx.clip), None, None
+        slope = _SLOPES[ctx.slope]
+        (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, slope(v, ctx.clip), out=out),), 1, x, grads[0])
+        return grad, None, None
+
+
+def _in_one_pass(x: Tensor) -> bool:
+    """A compiled graph fuses signs by itself."""
+    return x.dtype == torch.float32 and not torch.compiler.is_compiling() and native.serves(x)
 
 
 def _sign(x: Tensor, out: Out = None) -> Tensor:
@@ -136,9 +145,12 @@ def _below(x: Tensor, clip: float) -> Tensor:
     return indicator(torch.lt, x.abs(), clip)
 
 
-def _tent(x: Tensor) -> Tensor:
-    """``2 - 2 abs(x)`` down to 0."""
+def _tent(x: Tensor, clip: float) -> Tensor:
+    """``2 - 2 abs(x)`` down to 0, whatever ``clip``."""
     return (2.0 - 2.0 * x.abs()).clamp_(min=0.0)
+
+
+_SLOPES: dict[Slope, Callable[[Tensor, float], Tensor]] = {"within": _within, "below": _below, "tent": _tent}
 
 
 def sign_ste(x: Tensor, clip: float = 1.0, *, strict: bool = False) -> Tensor:
@@ -158,7 +170,7 @@ def sign_ste(x: Tensor, clip: float = 1.0, *, strict: bool = False) -> Tensor:
     >>> q.tolist(), x.grad.tolist()
     ([-1.0, 1.0, 1.0], [0.0, 1.0, 1.0])
     """
-    signs: Tensor = _Sign.apply(x, partial(_below if strict else _within, clip=clip))
+    signs: Tensor = _Sign.apply(x, "below" if strict else "within", clip)
     return signs
 
 
@@ -208,5 +220,5 @@ def sign_polynomial(x: Tensor) -> Tensor:
     >>> x.grad.tolist()
     [0.0, 1.0, 2.0]
     """
-    signs: Tensor = _Sign.apply(x, _tent)
+    signs: Tensor = _Sign.apply(x, "tent", 1.0)
     return signs

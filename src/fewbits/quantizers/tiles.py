@@ -41,7 +41,8 @@ def in_tiles(function: Elementwise, num_results: int, *tensors: Tensor) -> tuple
     like = tensors[0]
     layout = _cuttable(like)
     if layout is None:
-        return function(*tensors, *[None] * num_results)
+        others = tensors[1:] if torch.compiler.is_compiling() else [laid_like(tensor, like) for tensor in tensors[1:]]
+        return function(like, *others, *[None] * num_results)
     results = tuple(torch.empty_like(like, memory_format=layout) for _ in range(num_results))
     given = (like, *(tensor.contiguous(memory_format=layout) for tensor in tensors[1:]))
     for parts in zip(*(_cut(tensor) for tensor in (*given, *results)), strict=True):
@@ -72,6 +73,12 @@ def indicator(compare: Callable[..., Tensor], x: Tensor, other: Any, out: Out = 
     if torch.compiler.is_compiling():
         return compare(x, other).to(x.dtype)
     return compare(x, other, out=torch.empty_like(x) if out is None else out)
+
+
+def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor`` in the order in which a result for ``other`` lies in memory."""
+    place = torch.empty_like(other, dtype=tensor.dtype)
+    return tensor if tensor.stride() == place.stride() else place.copy_(tensor)
 
 
 def _size() -> int:

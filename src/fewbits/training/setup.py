@@ -11,6 +11,8 @@ from torch import nn
 
 from ..data import Dataset
 from ..distill import Objective
+from ..quantizers import native
+from .compiling import compiled
 from .settings import Settings
 
 
@@ -62,6 +64,10 @@ def remarks(settings: Settings, student: nn.Module, device: torch.device) -> lis
         )
     if settings.precision == "bf16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
+    if device.type == "cpu" and native.reason():
+        found.append(
+            f"quantizers are computed by PyTorch's operators, which is slower: {native.reason().splitlines()[0]}"
+        )
     return found
 
 
@@ -80,9 +86,7 @@ def prepare(objective: Objective, settings: Settings, accelerator: Accelerator) 
     """The objective compiled, and distributed over the processes, as the settings ask."""
     model: nn.Module = objective
     if settings.compile:
-        # Progressive precision compiles once per width; the default limit of 8 is for other uses.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        model = cast(nn.Module, torch.compile(objective, fullgraph=True))
+        model = compiled(objective)
     if accelerator.num_processes > 1:
         model = cast(nn.Module, accelerator.prepare(model))
     return model

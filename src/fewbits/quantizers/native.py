@@ -1,0 +1,276 @@
+"""``kernels.cpp`` compiled once for this processor, kept in the user's cache, and called without a copy.
+
+PyTorch runs LSQ as eight operators forward and more backward, each a pass over memory; one pass is three to seven times
+as fast. A compiled graph calls the same functions, as the operators ``fewbits::lsq`` and ``fewbits::lsq_backward``:
+Inductor's own fusion of the learned step's gradient is slower on a processor. On other devices Inductor fuses the
+expression itself.
+
+Nothing depends on it: without a C++ compiler, where the compiled functions do not give PyTorch's bits, or with
+``FEWBITS_NATIVE=0`` in the environment, the same results come from PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import cache_dir
+from .sums import BLOCK, power_of_two
+from .tiles import laid_like
+
+Bound = int | Tensor
+"""A clipping bound on codes: a whole number, or a tensor of whole numbers that broadcasts."""
+
+Slope = Literal["within", "below", "tent"]
+"""What a sign's gradient is multiplied with: 1 where abs(x) <= clip; 1 where abs(x) < clip; 2 - 2 abs(x) down to 0."""
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_SLOPES: tuple[Slope, ...] = ("within", "below", "tent")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FEW = 1 << 15
+"""Elements that one thread passes over faster than a second one starts."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_available() -> bool:
+    """Whether there are compiled functions; the first call makes them, which takes about a second, once."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why there are none, for a person; empty where there are."""
+    return _load()[1]
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the compiled functions take these: plain dense ones of a processor, in float32 or bfloat16."""
+    if any(tensor.device.type != "cpu" or tensor.dtype not in _TYPES for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling():
+        # An exported graph goes to others, who do not know our operators.
+        return not torch.compiler.is_exporting() and is_available()
+    # Tensors of tracers and fakes have no memory to pass over.
+    are_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return are_plain and not torch.jit.is_tracing() and is_available()  # type: ignore[attr-defined]
+
+
+def lsq(
+    x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """LSQ forward, see ``lsq.lsq``; ``x`` itself while the ``gate`` is closed.
+
+    Args:
+        x: values, any shape, float32 or bfloat16; computed in float32.
+        step: one, or one for each index of the first dimension.
+        low, high: the codes' bounds; tensors are 0-d.
+        gate: 0-d, boolean; None is open.
+        dtype: of the result.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.fewbits.lsq(x, step, _tensor(low, step), _tensor(high, step), gate, dtype)
+    return _lsq(x, step, low, high, gate, dtype)
+
+
+def lsq_backward(
+    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x``, in its type, and of ``step``; zeros for ``step`` behind a closed gate."""
+    if torch.compiler.is_compiling():
+        bounds = (_tensor(low, step), _tensor(high, step))
+        return torch.ops.fewbits.lsq_backward(x, grad, step, *bounds, gradient_scale, gate)
+    return _lsq_backward(x, grad, step, low, high, gradient_scale, gate)
+
+
+def sign(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1; float32."""
+    x, y = _dense(x)
+    _library().fewbits_sign(_at(x), _at(y), ctypes.c_long(x.numel()), _threads(x))
+    return y
+
+
+def sign_backward(x: Tensor, grad: Tensor, slope: Slope, bound: float) -> Tensor:
+    """``grad`` times a slope of ``rounding.py``: within ``abs(x) <= bound``, below it, or the tent; float32."""
+    x, grad_x = _dense(x)
+    grad = laid_like(grad, x)
+    size, number = ctypes.c_long(x.numel()), _SLOPES.index(slope)
+    _library().fewbits_sign_backward(_at(x), _at(grad), _at(grad_x), size, number, ctypes.c_float(bound), _threads(x))
+    return grad_x
+
+
+def _lsq(
+    x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    x, y = _dense(x, dtype)
+    step = step.contiguous()
+    groups, inner = _groups(x, step)
+    bounds = [_number(low), _number(high)]
+    _library().fewbits_lsq(
+        _at(x), _TYPES[x.dtype], _at(y), _TYPES[dtype], groups, inner, _at(step), *bounds, _gate(gate), _threads(x)
+    )
+    return y
+
+
+def _lsq_backward(
+    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, grad_x = _dense(x)
+    grad, step = laid_like(grad, x), step.contiguous()
+    grad_step = torch.empty_like(step)
+    groups, inner = _groups(x, step)
+    sums = torch.empty(step.numel() * power_of_two(-(-x.numel() // step.numel() // BLOCK)))
+    given = (_at(x), _TYPES[x.dtype], _at(grad), _TYPES[grad.dtype], _at(grad_x), _at(grad_step), _at(sums))
+    grid = (groups, inner, _at(step), _number(low), _number(high), ctypes.c_float(gradient_scale))
+    _library().fewbits_lsq_backward(*given, *grid, _gate(gate), _threads(x))
+    return grad_x, grad_step
+
+
+torch.library.define(
+    "fewbits::lsq", "(Tensor x, Tensor step, Tensor low, Tensor high, Tensor? gate, ScalarType dtype) -> Tensor"
+)
+torch.library.define(
+    "fewbits::lsq_backward",
+    "(Tensor x, Tensor grad, Tensor step, Tensor low, Tensor high, float scale, Tensor? gate) -> (Tensor, Tensor)",
+)
+torch.library.impl("fewbits::lsq", "cpu", _lsq)
+torch.library.impl("fewbits::lsq_backward", "cpu", _lsq_backward)
+
+
+@torch.library.register_fake("fewbits::lsq")  # type: ignore[untyped-decorator]
+def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.register_fake("fewbits::lsq_backward")  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor, scale: float, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(step, memory_format=torch.contiguous_format)
+
+
+def _dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` without holes, and room for a result that lies in memory as it does."""
+    result = torch.empty_like(x, dtype=dtype)
+    return x if x.stride() == result.stride() else torch.empty_like(x).copy_(x), result
+
+
+def _groups(x: Tensor, step: Tensor) -> tuple[ctypes.c_long, ctypes.c_long]:
+    """How many steps there are, and how many elements share one."""
+    return ctypes.c_long(step.numel()), ctypes.c_long(x.numel() // step.numel())
+
+
+def _tensor(bound: Bound, like: Tensor) -> Tensor:
+    return bound if isinstance(bound, Tensor) else torch.full((), float(bound), device=like.device)
+
+
+def _number(bound: Bound) -> ctypes.c_void_p | ctypes._CArgObject:
+    return _at(bound) if isinstance(bound, Tensor) else ctypes.byref(ctypes.c_float(bound))
+
+
+def _gate(gate: Tensor | None) -> ctypes.c_void_p | None:
+    return None if gate is None else _at(gate)
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() > _FEW else 1
+
+
+def _library() -> ctypes.CDLL:
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(f"fewbits has no compiled functions here: {why}")
+    return library
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled functions, or None and why."""
+    if os.environ.get("FEWBITS_NATIVE") == "0":
+        return None, "FEWBITS_NATIVE is 0"
+    try:
+        library = _open()
+        if not _computes_what_pytorch_does(library):
+            return None, "what the compiler made is not what PyTorch computes"
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, str(getattr(error, "stderr", None) or error)
+    return library, ""
+
+
+def _computes_what_pytorch_does(library: ctypes.CDLL) -> bool:
+    """A handful of values, ties among them, without a tensor: this may be asked while a graph is traced."""
+    floats = ctypes.c_float * 8
+    x = floats(-9.0, -0.75, -0.25, 0.25, 0.75, 1.25, 1.3, 9.0)
+    grad, y, grad_x, sums = floats(*[1.0] * 8), floats(), floats(), (ctypes.c_float * BLOCK)()
+    step, low, high, grad_step = (ctypes.byref(ctypes.c_float(value)) for value in (0.5, -1.0, 3.0, 0.0))
+    groups, inner = ctypes.c_long(1), ctypes.c_long(8)
+    library.fewbits_lsq(x, 0, y, 0, groups, inner, step, low, high, None, 1)
+    given = (x, 0, grad, 0, grad_x, grad_step, sums)
+    library.fewbits_lsq_backward(*given, groups, inner, step, low, high, ctypes.c_float(0.5), None, 1)
+    # By hand: codes -1, -1, 0, 0, 2, 2 (four ties), 3 and 3; the first two and the last are outside.
+    # Shares -1, -1, 0.5, -0.5, 0.5, -0.5, 0.4 and 3, in halves: (-0.5, -1.5, 0.9, 2.5), (0.4, 1), 1.4; times 0.5.
+    values = [-0.5, -0.5, 0.0, 0.0, 1.0, 1.0, 1.5, 1.5]
+    return list(y) == values and list(grad_x) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0] and abs(sums[0] - 1.4) < 1e-5
+
+
+def _open() -> ctypes.CDLL:
+    path = _build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a damaged file
+        path.unlink()
+        return ctypes.CDLL(str(_build()))
+
+
+def _build() -> Path:
+    """Compile, unless this source was compiled before for this processor."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler: neither CXX in the environment, nor g++, c++ or clang++")
+    key = hashlib.sha256(_SOURCE.read_bytes() + "\n".join((compiler, *_FLAGS, _processor())).encode())
+    path = _folder() / f"kernels-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [*compiler.split(), *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
+            try:
+                subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, text=True, timeout=120)
+            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread is still one pass
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            made.replace(path)  # several processes may do this at once
+    return path
+
+
+def _folder() -> Path:
+    """Where compiled functions are kept: the user's cache, or, where that cannot be written, a new temporary folder."""
+    cached = cache_dir() / "native"
+    try:
+        cached.mkdir(parents=True, exist_ok=True)
+        if os.access(cached, os.W_OK):
+            return cached
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="fewbits-"))
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    described = Path("/proc/cpuinfo")
+    if not described.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = described.read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
