@@ -26,6 +26,8 @@ class QuantLayer(nn.Module):
     input_quantizer: Quantizer | None
     recompute: bool = False
     """Whether the backward pass quantizes the input anew; see ``recomputing``."""
+    quantized_weight: Tensor | None = None
+    """The quantized weight, where a step has made it already for several micro-batches."""
 
     @classmethod
     def from_float(cls, layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> Self:
@@ -58,12 +60,17 @@ class QuantLayer(nn.Module):
         given = x
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        weight = self._weight()
         # A compiled graph decides for itself what it keeps.
         if not self.recompute or self.input_quantizer is None or torch.compiler.is_compiling():
             return self._apply_weight(x, weight)
         with saved_tensors_hooks(*_kept_as(given, x, self.input_quantizer)):
             return self._apply_weight(x, weight)
+
+    def _weight(self) -> Tensor:
+        if self.weight_quantizer is None:
+            return self.weight
+        return self.weight_quantizer(self.weight) if self.quantized_weight is None else self.quantized_weight
 
     @torch.no_grad()
     def calibrate_weight(self) -> None:

@@ -24,6 +24,7 @@ EQUAL: dict[str, tuple[dict[str, Any], float]] = {
     "float-accumulate": ({"recipe": "float", "epochs": 1, "accumulate": 2, "ema": 0.9}, 1e-6),
     # Where codes are rounded, the last bit of a sum tips a code over after a few steps; before that the sums agree.
     "plain": ({"recipe": "plain", "epochs": 2 / 6}, 1e-6),
+    "plain-accumulate": ({"recipe": "plain", "epochs": 2 / 6, "accumulate": 2}, 1e-6),
     "qfd": ({"recipe": "qfd", "epochs": 3 / 6}, 1e-5),
 }
 """Runs without batch norm, with augmentation: settings, and how far the students may be apart."""

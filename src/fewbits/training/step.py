@@ -16,6 +16,7 @@ from .bounds import bound_steps
 from .guard import StepGuard
 from .settings import Settings
 from .setup import make_optimizer, prepare
+from .weights import SharedWeights
 
 
 class Stepper:
@@ -91,15 +92,18 @@ def backward(
     """
     means: dict[str, Tensor] = {}
     parts = zip(*(whole.chunk(num_parts) for whole in batch), strict=True)
-    for part, (images, labels, *answers) in enumerate(parts):
-        is_last = part == num_parts - 1
-        hold = contextlib.nullcontext() if is_last else accelerator.no_sync(model)
-        with hold:
-            with accelerator.autocast():
-                losses: Losses = model(images, labels, tuple(answers))
-            accelerator.backward(losses.total / num_parts)
-        named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
-        means = {name: means.get(name, 0) + value.float() / num_parts for name, value in named.items()}
+    with SharedWeights(model, num_parts) as weights:
+        for part, (images, labels, *answers) in enumerate(parts):
+            is_last = part == num_parts - 1
+            if is_last:
+                weights.last()
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    losses: Losses = model(images, labels, tuple(answers))
+                accelerator.backward(losses.total / num_parts)
+            named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
+            means = {name: means.get(name, 0) + value.float() / num_parts for name, value in named.items()}
+        weights.finish()
     reduced = cast(Tensor, accelerator.reduce(torch.stack(list(means.values())), reduction="mean"))
     return dict(zip(means, reduced.unbind(), strict=True))
 
