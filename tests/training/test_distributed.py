@@ -26,6 +26,9 @@ EQUAL: dict[str, tuple[dict[str, Any], float]] = {
     "plain": ({"recipe": "plain", "epochs": 2 / 6}, 1e-6),
     "plain-accumulate": ({"recipe": "plain", "epochs": 2 / 6, "accumulate": 2}, 1e-6),
     "qfd": ({"recipe": "qfd", "epochs": 3 / 6}, 1e-5),
+    "float-shard": ({"recipe": "float", "epochs": 2, "clip_grad": 1.0, "shard": True}, 1e-6),
+    "plain-shard": ({"recipe": "plain", "epochs": 2 / 6, "shard": True, "accumulate": 2}, 1e-6),
+    "qfd-shard": ({"recipe": "qfd", "epochs": 3 / 6, "shard": True, "optimizer": "adamw", "lr": 0.001}, 1e-5),
 }
 """Runs without batch norm, with augmentation: settings, and how far the students may be apart."""
 
@@ -89,6 +92,10 @@ def test_two_processes_equal_one(name: str, runs: Any, tmp_path: Path):
             assert theirs[key] == expected, key
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in (root / name).iterdir())
     assert [entry["accuracy"] for entry in said[name]] == [two[-1]["accuracy"]] * 2
+    for entry in said[name]:
+        is_shared = EQUAL[name][0].get("shard", False)
+        assert entry["shares"] == (pytest.approx([0.5] * len(entry["shares"]), abs=0.1) if is_shared else [])
+        assert bool(entry["shares"]) == is_shared
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -172,10 +172,27 @@ def slow_save() -> None:
     module.save_tensors = slowly
 
 
+def watch_shares() -> list[float]:
+    """Of each sharded phase, the share of the parameters that this process held."""
+    module, seen = importlib.import_module("fewbits.training.sharding"), []
+    undo = module.Sharding.undo
+
+    def look(sharding: Any) -> None:
+        sharding._unit.reshard()
+        held = [parameter for parameter in sharding._objective.parameters() if module.is_share(parameter)]
+        seen.append(sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held))
+        undo(sharding)
+
+    module.Sharding.undo = look
+    return seen
+
+
 def main(argument: str) -> int:
     """Run what a JSON list of objects says, one after the other; print for each what it gave, or its error."""
     torch.set_num_threads(1)
+    shares = watch_shares()
     for config in json.loads(argument):
+        shares.clear()
         if "hold_write" in config:
             hold_write(config.pop("hold_write"))
         if config.pop("slow_save", False):
@@ -183,7 +200,7 @@ def main(argument: str) -> int:
         data = part_of_digits(config.pop("num_train", NUM_TRAIN), config.pop("num_test", NUM_TEST))
         try:
             result = train(data=data, **config)
-            outcome: dict[str, Any] = {"accuracy": result.accuracy}
+            outcome: dict[str, Any] = {"accuracy": result.accuracy, "shares": list(shares)}
         except (ValueError, OSError, RuntimeError) as error:
             outcome = {"error": f"{type(error).__name__}: {error}"}
         sys.stdout.write(json.dumps({"rank": int(os.environ.get("RANK", 0)), **outcome}) + "\n")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..quantizers.rounding import SMALLEST_STEP
 
 
-def compiled(objective: nn.Module) -> nn.Module:
-    """The objective as one graph, which fuses quantizing with its neighbours and never keeps what it quantized.
+def compiled(objective: Any) -> Any:
+    """The objective, or its forward pass, as one graph that fuses quantizing and never keeps what it quantized.
 
     Forward, LSQ is an expression of single elements: the compiler writes it into the loop before or behind it. So it
     may be computed again in the backward pass for nothing, where a convolution's gradient needs its quantized input:
@@ -23,7 +23,7 @@ def compiled(objective: nn.Module) -> nn.Module:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     _write_into_loops()
     options: dict[str, Any] = {"joint_custom_post_pass": _quantize_again()}
-    return cast(nn.Module, torch.compile(objective, fullgraph=True, options=options))
+    return torch.compile(objective, fullgraph=True, options=options)
 
 
 @cache

@@ -8,6 +8,7 @@ taken, bit for bit, once networks and optimizer are loaded.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,8 +205,10 @@ class Loop:
             self._profile.step()
             if shares:
                 self._records.write("shares", phase.name, **shares)
-            self._after_step(objective, stepper.optimizer, losses, factor)
+            self._after_step(objective, stepper, losses, factor)
             self._pace.resume()
+        if stepper.sharding is not None:
+            stepper.sharding.undo()
 
     def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What each term contributes to this step's gradient, where it is time to measure it; changes nothing."""
@@ -217,9 +220,7 @@ class Loop:
             shares = gradient_shares(objective, images[:part], labels[:part])
         return {f"share/{name}": share for name, share in shares.items()}
 
-    def _after_step(
-        self, objective: Objective, optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], lr_factor: float
-    ) -> None:
+    def _after_step(self, objective: Objective, stepper: Stepper, losses: dict[str, Tensor], lr_factor: float) -> None:
         """Record, evaluate and save, each when it is time for it."""
         settings, position, phase = self.settings, self.position, objective.phase.name
         is_last = position.step == self.phase_steps[position.phase]
@@ -230,10 +231,16 @@ class Loop:
             if self._cache is not None:
                 values["pace/kept_answers"] = self._cache.share()
             self._records.write("train", phase, lr=settings.lr * lr_factor, **values)
-        if is_last or (ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0):
-            self._evaluate(objective, float(losses["loss"]))
-        if ends_epoch or is_last or time.monotonic() - self._saved >= settings.checkpoint_seconds:
-            self._save(objective.networks, optimizer)
+        evaluates = is_last or (
+            ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0
+        )
+        saves = ends_epoch or is_last or self._is_time_to_save()
+        if evaluates or saves:
+            with stepper.sharding.whole() if stepper.sharding is not None else nullcontext():
+                if evaluates:
+                    self._evaluate(objective, float(losses["loss"]))
+                if saves:
+                    self._save(objective.networks, stepper.optimizer)
 
     def _evaluate(self, objective: Objective, loss: float) -> None:
         """Accuracy, on the way, of the networks that this phase trains."""
@@ -261,8 +268,19 @@ class Loop:
             return
         if self.is_main:
             self._tick()
-            save_checkpoint(self.folder.checkpoint, take_checkpoint(self.position, networks, optimizer, self.ema))
+        checkpoint = take_checkpoint(self.position, networks, optimizer, self.ema)
+        if self.is_main:
+            save_checkpoint(self.folder.checkpoint, checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _is_time_to_save(self) -> bool:
+        """By the clock of the first process: all save together, or wait for one another for ever."""
+        due = float(time.monotonic() - self._saved >= self.settings.checkpoint_seconds)
+        if self.accelerator.num_processes == 1:
+            return bool(due)
+        flag = torch.tensor(due, device=self.accelerator.device)
+        torch.distributed.broadcast(flag, 0)
+        return bool(flag)
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -10,16 +10,17 @@ from ..recipes import Recipe
 from .checkpoint import Checkpoint, load_networks, load_optimizer_state, optimizer_state
 from .ema import MovingAverage
 from .position import Position
+from .sharding import gathered, scatter_state
 
 
 def take_checkpoint(
     position: Position, networks: Networks, optimizer: torch.optim.Optimizer, ema: MovingAverage | None
 ) -> Checkpoint:
-    """Everything that the next step depends on, beside the settings."""
+    """Everything that the next step depends on, beside the settings; networks in shares need all processes for it."""
     tensors, values = optimizer_state(optimizer)
     checkpoint = Checkpoint(values={"position": dict(vars(position)), "optimizer": values})
-    checkpoint.add("networks", networks.state_dict())
-    checkpoint.add("optimizer", tensors)
+    checkpoint.add("networks", gathered(networks.state_dict()))
+    checkpoint.add("optimizer", gathered(tensors))
     if ema is not None:
         checkpoint.add("ema", ema.averages)
     return checkpoint
@@ -67,5 +68,6 @@ def resumed_objective(
 def resume_training(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, ema: MovingAverage | None) -> None:
     """Put back what the optimizer and the average had gathered."""
     load_optimizer_state(optimizer, checkpoint.part("optimizer"), checkpoint.values["optimizer"])
+    scatter_state(optimizer)
     if ema is not None:
         ema.averages = {name: t.to(ema.averages[name].device) for name, t in checkpoint.part("ema").items()}

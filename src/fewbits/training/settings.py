@@ -36,6 +36,7 @@ class Settings(Checked):
             bits anyway and it is faster: compiled or bf16, with convolutions; the run says so.
         recompute: quantize the layers' inputs again in the backward pass instead of keeping them: less memory, the same
             results. A compiled objective decides that by itself.
+        shard: split weights, gradients and momentum among the processes (FSDP) instead of keeping all in each (DDP).
         processes: processes that must take part; fewer is an error. None takes what the launcher started.
         seed: of the data order, augmentation and dropout.
         deterministic: ask PyTorch for deterministic algorithms.
@@ -65,6 +66,7 @@ class Settings(Checked):
     compile: bool = False
     channels_last: bool | None = None
     recompute: bool = False
+    shard: bool = False
     processes: PositiveInt | None = None
     seed: Seed = 0
     deterministic: bool = False
@@ -76,6 +78,12 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, given in (("ema", self.ema is not None), ("gradient_shares", self.gradient_shares > 0)):
+            if self.shard and given:
+                raise ValueError(
+                    f"{name} looks at whole weights in every step, which shard does not have, got "
+                    f"{name}={getattr(self, name)!r} and shard=True; leave out one of the two"
+                )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"

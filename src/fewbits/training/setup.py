@@ -64,6 +64,8 @@ def remarks(settings: Settings, student: nn.Module, device: torch.device) -> lis
         )
     if settings.precision == "bf16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
+    if settings.shard and not torch.distributed.is_initialized():
+        found.append("one process takes part: shard has nothing to split; start several with torchrun")
     if device.type == "cpu" and native.reason():
         found.append(
             f"quantizers are computed by PyTorch's operators, which is slower: {native.reason().splitlines()[0]}"
@@ -85,9 +87,12 @@ def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Opti
 def prepare(objective: Objective, settings: Settings, accelerator: Accelerator) -> nn.Module:
     """The objective compiled, and distributed over the processes, as the settings ask."""
     model: nn.Module = objective
-    if settings.compile:
+    if settings.compile and settings.shard and accelerator.num_processes > 1:
+        # What gathers weights and shares gradients stays outside of the graph: hooks around the forward pass.
+        objective.forward = compiled(objective.forward)  # type: ignore[method-assign]
+    elif settings.compile:
         model = compiled(objective)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not settings.shard:
         model = cast(nn.Module, accelerator.prepare(model))
     return model
 

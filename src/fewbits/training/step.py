@@ -16,6 +16,7 @@ from .bounds import bound_steps
 from .guard import StepGuard
 from .settings import Settings
 from .setup import make_optimizer, prepare
+from .sharding import Sharding, is_share, squared_norm
 from .weights import SharedWeights
 
 
@@ -37,6 +38,8 @@ class Stepper:
         in_a_row: int = 0,
         skipped: int = 0,
     ) -> None:
+        is_shared = settings.shard and accelerator.num_processes > 1
+        self.sharding = Sharding(objective, accelerator.device) if is_shared else None
         self.optimizer = make_optimizer(objective, settings)
         self.guard = StepGuard(objective.networks, settings.max_bad_steps, in_a_row, skipped)
         bound_steps(self.optimizer, objective)
@@ -67,7 +70,8 @@ class Stepper:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * lr_factor
         self.guard.remember()
-        losses = backward(self._accelerator, self._model, (images, labels, *answers), settings.accumulate)
+        batch = (images, labels, *answers)
+        losses = backward(self._accelerator, self._model, batch, settings.accumulate, self.sharding)
         norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
         taken = self.guard.accept(losses["loss"], norm, where)
         if taken:
@@ -77,7 +81,11 @@ class Stepper:
 
 
 def backward(
-    accelerator: Accelerator, model: nn.Module, batch: tuple[Tensor, ...], num_parts: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    num_parts: int,
+    sharding: Sharding | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of one step, in micro-batches.
 
@@ -86,17 +94,21 @@ def backward(
         model: the objective, prepared.
         batch: images of this process, N x C x H x W, their labels, N, and the teacher's answers, if they are known.
         num_parts: micro-batches; it divides N.
+        sharding: of the objective, if it is in shares.
 
     Returns:
         The loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
     """
     means: dict[str, Tensor] = {}
     parts = zip(*(whole.chunk(num_parts) for whole in batch), strict=True)
-    with SharedWeights(model, num_parts) as weights:
+    # Where weights are in shares they are whole inside the model alone: each micro-batch quantizes them there.
+    with SharedWeights(model, 1 if sharding else num_parts) as weights:
         for part, (images, labels, *answers) in enumerate(parts):
             is_last = part == num_parts - 1
             if is_last:
                 weights.last()
+            if sharding is not None:
+                sharding.synchronise(is_last)
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                 with accelerator.autocast():
                     losses: Losses = model(images, labels, tuple(answers))
@@ -104,6 +116,8 @@ def backward(
             named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}
             means = {name: means.get(name, 0) + value.float() / num_parts for name, value in named.items()}
         weights.finish()
+    if sharding is not None:
+        sharding.reduce()
     reduced = cast(Tensor, accelerator.reduce(torch.stack(list(means.values())), reduction="mean"))
     return dict(zip(means, reduced.unbind(), strict=True))
 
@@ -119,8 +133,18 @@ def clip_gradients(accelerator: Accelerator, objective: Objective, most: float |
     networks = objective.networks
     groups = [[*networks.network(group.network).parameters()] for group in objective.phase.trains]
     groups[0].extend(networks.helpers.parameters())
-    norms = [cast(Tensor, accelerator.clip_grad_norm_(group, most or math.inf)) for group in groups]
+    norms = [_clip_group(accelerator, group, most or math.inf) for group in groups]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _clip_group(accelerator: Accelerator, group: list[nn.Parameter], most: float) -> Tensor:
+    if not any(map(is_share, group)):
+        return cast(Tensor, accelerator.clip_grad_norm_(group, most))
+    grads = [parameter.grad for parameter in group if parameter.grad is not None]
+    norm = squared_norm(grads).sqrt()
+    for grad in grads if math.isfinite(most) else []:
+        grad.mul_(float((most / (norm + 1e-6)).clamp(max=1.0)))
+    return norm
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
