@@ -66,6 +66,8 @@ class Row:
         bits: of weights and activations.
         recipe: of ours; anything but plain has a teacher of the student's architecture.
         compiled, channels_last, bf16, recompute: how it runs.
+        teacher_bf16: whether the teacher alone computes in bf16.
+        inference: of float: a forward pass in eval mode without gradients, which is what a teacher costs by itself.
         kept: whether the teacher's answers are read from disk (``teacher_cache``) instead of asked for.
         residual: whether residual streams have 8 bits, as by our default, or float shortcuts, as peers and papers have.
         quick: whether ``--quick`` measures it.
@@ -78,6 +80,8 @@ class Row:
     channels_last: bool = False
     bf16: bool = False
     recompute: bool = False
+    teacher_bf16: bool = False
+    inference: bool = False
     kept: bool = False
     residual: bool = True
     quick: bool = True
@@ -89,7 +93,7 @@ class Row:
         bits = f" {self.bits}/{self.bits}" if self.who not in ("float", "fewbits") else ""
         recipe = f" {self.recipe}" if self.recipe != "plain" else ""
         ways = {"float shortcuts": not self.residual, "compiled": self.compiled}
-        ways |= {"answers kept": self.kept}
+        ways |= {"inference": self.inference, "answers kept": self.kept, "teacher in bf16": self.teacher_bf16}
         ways |= {"channels-last": self.channels_last, "bf16": self.bf16, "recompute": self.recompute}
         return f"{self.who}{quantizer}{bits}{recipe}" + "".join(f" {way}" for way, on in ways.items() if on)
 
@@ -100,6 +104,7 @@ def rows() -> list[Row]:
     fastest = quick | {"bf16": True}
     found = [Row("float"), Row("float", channels_last=True), Row("float", compiled=True)]
     found += [Row("float", **quick, quick=False), Row("float", **fastest)]
+    found += [Row("float", **quick, inference=True), Row("float", **fastest, inference=True, quick=False)]
     for bits in (4, 2, 1):
         found += [replace(ours, bits=bits), replace(ours, bits=bits, compiled=True, quick=bits == 4)]
     ours = replace(ours, bits=4)
@@ -116,6 +121,7 @@ def rows() -> list[Row]:
         replace(ours, recipe="logits", kept=True),
         replace(ours, recipe="logits", **quick),
         replace(ours, recipe="logits", **quick, kept=True),
+        replace(ours, recipe="logits", **quick, teacher_bf16=True),
         replace(ours, recipe="logits", **fastest),
     ]
     others = ("features", "ftl", "two-stage", "stochastic", "joint", "qfd", "blockwise", "dtq")
@@ -274,6 +280,13 @@ def plain_step(network: Network, row: Row, images: Any, labels: Any) -> Callable
     run = torch.compile(model) if row.compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
+    if row.inference:
+        model.eval()
+
+    def infer() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=row.bf16):
+            run(images)
+
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=row.bf16):
             loss = torch.nn.functional.cross_entropy(run(images), labels)
@@ -281,7 +294,7 @@ def plain_step(network: Network, row: Row, images: Any, labels: Any) -> Callable
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return infer if row.inference else step
 
 
 def our_step(network: Network, row: Row, images: Any, labels: Any) -> Callable[[], None]:
@@ -303,6 +316,7 @@ def our_step(network: Network, row: Row, images: Any, labels: Any) -> Callable[[
         channels_last=row.channels_last,
         recompute=row.recompute,
         precision="bf16" if row.bf16 else "fp32",
+        teacher_precision="bf16" if row.teacher_bf16 else "same",
         device="cpu",
     )
     if row.channels_last:

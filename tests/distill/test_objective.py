@@ -107,6 +107,28 @@ def test_the_total_is_the_weighted_sum_of_the_terms():
     assert not any(value.requires_grad for value in (*losses.terms.values(), losses.logits))
 
 
+def test_a_teacher_alone_in_bfloat16():
+    images, labels = batch()
+    made = objective(CrossEntropy(), LogitDistance(), FeatureDistance(reduction="mean"))
+    seen: dict[str, list[torch.dtype]] = {"student": [], "teacher": []}
+    for name, dtypes in seen.items():
+        first = next(m for m in made.networks.network(name).modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        first.register_forward_hook(lambda *of, dtypes=dtypes: dtypes.append(of[-1].dtype))
+    exact = made(images, labels)
+    answers = made.teach(images)
+    made.teacher_dtype = torch.bfloat16
+    rough, rounded = made(images, labels), made.teach(images)
+    assert seen["student"] == [torch.float32] * 2
+    assert seen["teacher"] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    assert all(answer.dtype == torch.float32 for answer in rounded)
+    for given, wanted in zip(rounded, answers, strict=True):
+        assert not torch.equal(given, wanted)
+        torch.testing.assert_close(given, wanted, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(rough.total, exact.total, rtol=0.05, atol=0.01)
+    kept = made(images, labels, rounded)
+    assert torch.equal(kept.total, rough.total)
+
+
 def test_equal_terms_keep_their_own_names():
     made = objective(CrossEntropy(), CrossEntropy(0.5, label_smoothing=0.1), CrossEntropy(0.5, label_smoothing=0.2))
     assert list(made(*batch()).terms) == ["cross_entropy", "cross_entropy_more", "cross_entropy_more_more"]

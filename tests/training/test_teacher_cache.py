@@ -81,7 +81,7 @@ def test_several_students_share(tmp_path: Path, passes: list[int]):
     }
 
 
-@pytest.mark.parametrize("other", ["teacher", "data", "augment", "seed"])
+@pytest.mark.parametrize("other", ["teacher", "data", "augment", "seed", "teacher_precision"])
 def test_answers_of_another_teacher_or_to_other_pictures_are_never_found(
     other: str, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ):
@@ -93,9 +93,10 @@ def test_answers_of_another_teacher_or_to_other_pictures_are_never_found(
         data = replace(data, train=data.train.subset(torch.arange(95, -1, -1)))
     elif other == "augment":
         data = digits(replace(MOVED, pad=2))
-    else:
+    elif other == "seed":
         seed = 1
-    train("logits", data=data, teacher_cache=tmp_path, epochs=1, seed=seed)
+    precision = "bf16" if other == "teacher_precision" else "same"
+    train("logits", data=data, teacher_cache=tmp_path, epochs=1, seed=seed, teacher_precision=precision)
     assert passes == 12 * [16]
     assert len(list(tmp_path.iterdir())) == 2
 

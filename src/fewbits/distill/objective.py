@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ class Objective(nn.Module):
         networks: student, teacher and helpers; the phase's edits have been applied.
         phase: the terms, and who is trained.
         seed: of what a schedule draws.
+
+    Attributes:
+        teacher_dtype: bfloat16 lets a frozen teacher compute in it (autocast), whatever the student does; its answers
+            are float32. None, the default, leaves it to whoever calls. Not where the student's blocks take what the
+            teacher's took.
     """
 
     def __init__(self, networks: Networks, phase: Phase, seed: int = 0) -> None:
@@ -49,6 +54,7 @@ class Objective(nn.Module):
         self.networks = networks
         self.phase = phase
         self.seed = seed
+        self.teacher_dtype: torch.dtype | None = None
         self._precision: Precision | None = None
         self._fragments: list[list[Quantizer]] | None = None
         self._names = _unique_names(phase.terms)
@@ -127,9 +133,28 @@ class Objective(nn.Module):
         Returns:
             Tensors whose first dimension is N.
         """
-        logits = self.networks.network("teacher")(images)
-        given: dict[Any, Tensor] = {"logits": logits, **self._hooks.collect()}
+        logits = self._answer(images)
+        given: dict[Any, Tensor] = {"logits": logits, **self._collect()}
         return tuple(given[asked] for asked in self._asked)
+
+    @torch.no_grad()
+    def _answer(self, images: Tensor) -> Tensor:
+        """The frozen teacher's logits; its taps keep the rest."""
+        teacher = self.networks.network("teacher")
+        if not self._has_own_precision():
+            return cast(Tensor, teacher(images))
+        with torch.autocast(images.device.type, self.teacher_dtype):
+            return cast(Tensor, teacher(images).float())
+
+    def _has_own_precision(self) -> bool:
+        return self.teacher_dtype is not None and self.phase.routing != "teacher_input"
+
+    def _collect(self) -> dict[Any, Tensor]:
+        """What the taps kept; a teacher of its own precision is none of the losses' business."""
+        kept: dict[Any, Tensor] = {**self._hooks.collect()}
+        if not self._has_own_precision():
+            return kept
+        return {tap: value.float() if tap.network == "teacher" else value for tap, value in kept.items()}
 
     def terms(
         self, images: Tensor, targets: Any, answers: tuple[Tensor, ...] = ()
@@ -138,12 +163,8 @@ class Objective(nn.Module):
         logits: dict[str, Tensor] = {}
         with self._block_inputs.exchanged():
             if "teacher" in self._runs and not answers:
-                teacher = self.networks.network("teacher")
-                if "teacher" in self._trained:
-                    logits["teacher"] = teacher(images)
-                else:
-                    with torch.no_grad():
-                        logits["teacher"] = teacher(images)
+                is_trained = "teacher" in self._trained
+                logits["teacher"] = self.networks.network("teacher")(images) if is_trained else self._answer(images)
             if "student" in self._runs:
                 logits["student"] = self.networks.student(images)
         for name, given in logits.items():
@@ -152,7 +173,7 @@ class Objective(nn.Module):
                     f"the {name} must return its logits, a tensor N x C, got {type(given).__name__}; wrap it in a "
                     "module that returns them alone"
                 )
-        features: dict[Any, Tensor] = self._hooks.collect()
+        features = self._collect()
         if answers:
             features |= dict(zip(self._asked, answers, strict=True))
             if "logits" in features:

@@ -30,6 +30,7 @@ class Settings(Checked):
         ema: decay of an exponential moving average of weights and steps, kept apart; None keeps none.
         bn_batches: training batches that re-estimate batch norm at the end; 0 keeps the running averages.
         precision: fp32, or bf16 for automatic mixed precision.
+        teacher_precision: same, or bf16 for a frozen teacher alone, faster where the processor has bf16.
         device: auto, cpu or cuda.
         compile: compile the objective.
         channels_last: keep images and kernels in that memory format. By default where results need not be the same
@@ -62,6 +63,7 @@ class Settings(Checked):
     ema: Annotated[Inside, "0.999 is usual"] | None = None
     bn_batches: NonNegativeInt = 50
     precision: Literal["fp32", "bf16"] = "fp32"
+    teacher_precision: Literal["same", "bf16"] = "same"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     channels_last: bool | None = None

@@ -46,6 +46,7 @@ class Stepper:
         self._objective, self._settings, self._accelerator = objective, settings, accelerator
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         recomputing(objective, settings.recompute)
+        objective.teacher_dtype = torch.bfloat16 if settings.teacher_precision == "bf16" else None
         self._model = prepare(objective, settings, accelerator)
 
     def __call__(

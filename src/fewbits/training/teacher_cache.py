@@ -211,6 +211,11 @@ def _about(objective: Objective, feed: Feed, settings: Settings) -> dict[str, An
         "normalisation": asdict(feed.normalisation),
         "augment": asdict(data.augment),
         "seed": settings.seed if feed.moves else None,
-        "computed": [str(feed.device), settings.precision, settings.compile, str(feed.memory_format)],
+        "computed": [str(feed.device), _precision(settings), settings.compile, str(feed.memory_format)],
         "torch": torch.__version__,
     }
+
+
+def _precision(settings: Settings) -> str:
+    """Of the teacher."""
+    return settings.precision if settings.teacher_precision == "same" else settings.teacher_precision
