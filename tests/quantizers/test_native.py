@@ -147,10 +147,8 @@ def test_bfloat16_is_computed_in_float32(is_open: bool):
     x, grad = (tensor.bfloat16() for tensor in inputs((2, 3, 8, 8), "contiguous"))
     step, gate = torch.tensor(0.3), torch.tensor(is_open)
     y = native.lsq(x, step, 0, 15, gate)
-    wide = native.lsq(x.float(), step, 0, 15, gate)
     assert y.dtype == torch.float32
-    assert torch.equal(y, wide if is_open else x.float())
-    assert torch.equal(native.lsq(x, step, 0, 15, gate, torch.bfloat16), wide.bfloat16())
+    assert torch.equal(y, native.lsq(x.float(), step, 0, 15) if is_open else x.float())
     grad_x, grad_step = native.lsq_backward(x, grad, step, 0, 15, 0.5, gate)
     wide_x, wide_step = native.lsq_backward(x.float(), grad.float(), step, 0, 15, 0.5, gate)
     assert torch.equal(grad_x, wide_x.bfloat16())
@@ -159,9 +157,9 @@ def test_bfloat16_is_computed_in_float32(is_open: bool):
 
 @needs_native
 def test_bfloat16_rounds_as_pytorch_does():
-    x = torch.cat([torch.randn(5000), torch.tensor([float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-40])])
-    given = native.lsq(x, torch.tensor(1.0), 0, 1, torch.tensor(False), torch.bfloat16)
-    assert torch.equal(given.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
+    grad = torch.cat([torch.randn(5000), torch.tensor([float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-40])])
+    given, _ = native.lsq_backward(grad.bfloat16(), grad, torch.tensor(1.0), 0, 1, 1.0, torch.tensor(False))
+    assert torch.equal(given.nan_to_num(7.0), grad.bfloat16().nan_to_num(7.0))
 
 
 @needs_native
@@ -172,7 +170,107 @@ def test_others_are_left_to_pytorch():
         assert not native.serves(torch.ones(3))
     assert not native.serves(torch.ones(3, dtype=torch.float64))
     assert not native.serves(torch.ones(3, device="meta"))
+    assert not native.serves(torch.ones(3), torch.ones(3, dtype=torch.bfloat16))
+    assert not native.serves(torch._neg_view(torch.ones(3)))
     assert native.serves(torch.ones(3), torch.nn.Parameter(torch.ones(3)))
+    assert native.serves(torch.ones(3, dtype=torch.bfloat16), torch.ones(3))
+
+
+@needs_native
+def test_a_trace_by_dispatch_sees_operators():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(3, 4)
+    traced = make_fx(lambda v: lsq(v, torch.tensor(0.3), -2, 1))(x)
+    assert torch.equal(traced(2 * x), lsq(2 * x, torch.tensor(0.3), -2, 1))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("shape", "step_shape"),
+    [
+        ((4, 4), (4,)),
+        ((3,), (3, 1)),
+        ((), (1,)),
+        ((4,), (1, 1)),
+        ((0, 3), (0, 1)),
+        ((0, 3), ()),
+        ((4, 4), (1, 4)),
+        ((2, 3), (1, 1)),
+    ],
+)
+def test_a_step_broadcasts_as_anywhere(
+    shape: tuple[int, ...], step_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    x, step = torch.randn(shape), torch.rand(step_shape) + 0.1
+    grad = torch.randn(torch.broadcast_shapes(shape, step_shape))
+    y = lsq(x, step, -2, 3)
+    assert torch.equal(y, (x / step).round().clamp(-2, 3) * step)
+    if y.shape == x.shape:
+        fast, slow = both(monkeypatch, lambda: passed(lambda v, s: lsq(v, s, -2, 3), x, grad, step))
+        assert_same_bits(fast, slow)
+
+
+@needs_native
+def test_a_step_for_each_index_of_a_first_dimension_that_is_not_outermost(monkeypatch: pytest.MonkeyPatch):
+    x, step = torch.randn(64).as_strided((2, 2, 2), (4, 1, 16)), torch.tensor([0.1, 0.7]).view(2, 1, 1)
+    assert torch.equal(lsq(x, step, -2, 3), (x / step).round().clamp(-2, 3) * step)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (torch.tensor(-2), torch.tensor(3)),
+        (torch.tensor(-2.0, dtype=torch.float64), 3),
+        (-2, torch.tensor(3.0)),
+        (torch.tensor([[-2.0], [-1.0]]), torch.tensor([[3.0], [2.0]])),
+    ],
+)
+def test_bounds_of_any_kind(low: Any, high: Any):
+    x, step = 2 * torch.randn(2, 5), torch.tensor(0.3)
+    x.requires_grad_()
+    y = lsq(x, step.requires_grad_(), low, high)
+    wanted = (x / step).round().clamp(torch.as_tensor(low).float(), torch.as_tensor(high).float()) * step
+    assert torch.equal(y, wanted)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@needs_native
+def test_a_default_type_of_16_bits():
+    x, step = torch.randn(64, 2048 * 9, requires_grad=True), torch.full((64, 1), 0.5, requires_grad=True)
+    y = lsq(x, step, -2, 3).sum()
+    y.backward(retain_graph=True)
+    assert x.grad is not None
+    wanted, x.grad = x.grad.clone(), None
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        y.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(x.grad, wanted)
+
+
+@needs_native
+@pytest.mark.parametrize("size", [(4, 5), (64, 16, 33, 33)])
+@pytest.mark.parametrize("name", ["lsq", "sign"])
+def test_a_gradient_s_gradient(name: str, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    """Of a gradient penalty: that of PyTorch's operators, not zero."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(size), torch.randn(size[-1], 3)
+
+    def run() -> list[Tensor]:
+        v, w, s = x.clone().requires_grad_(), weight.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        quantized = lsq(v, s, -2, 3) if name == "lsq" else sign_ste(v) * s
+        loss = (quantized @ w).square().sum()
+        (grad,) = torch.autograd.grad(loss, v, create_graph=True)
+        assert grad.requires_grad
+        return list(torch.autograd.grad(loss + grad.square().sum(), (v, w, s)))
+
+    fast, slow = both(monkeypatch, run)
+    for given, wanted in zip(fast, slow, strict=True):
+        torch.testing.assert_close(given, wanted)
 
 
 @needs_native
@@ -247,13 +345,45 @@ CHECK = "from fewbits.quantizers import native; assert native.is_available(), na
 
 
 @needs_native
-def test_a_damaged_file_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+def test_a_damaged_file_is_made_anew(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that is cut short would kill the process."""
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
     for _ in range(2):
         subprocess.run([sys.executable, "-c", CHECK], check=True)
-        (made,) = (tmp_path / "native").iterdir()
-        assert made.stat().st_size > 1000
-        made.write_bytes(b"not a library")
+        (made,) = (tmp_path / "native").glob("*.so")
+        content = made.read_bytes()
+        assert len(content) > 1000
+        made.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "other": b"not a library"}[damage])
+
+
+@needs_native
+def test_what_others_may_have_written_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert reason_in(tmp_path, monkeypatch) == ""
+    folder = tmp_path / "native"
+    assert not folder.stat().st_mode & 0o077
+    (made,) = folder.glob("*.so")
+    before = made.stat().st_mtime_ns
+    folder.chmod(0o777)
+    assert reason_in(tmp_path, monkeypatch) == ""  # compiled for this process alone
+    assert made.stat().st_mtime_ns == before
+
+
+@needs_native
+def test_a_cache_that_can_only_be_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert reason_in(tmp_path, monkeypatch) == ""
+    (tmp_path / "native").chmod(0o500)
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert reason_in(tmp_path, monkeypatch) == ""
+    (tmp_path / "native").chmod(0o700)
+
+
+@needs_native
+def test_a_message_in_no_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiler = tmp_path / "a b"
+    compiler.write_bytes(b"#!/bin/sh\nprintf '\\377\\376 bad' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    assert "bad" in reason_in(tmp_path / "cache", monkeypatch, CXX=f"'{compiler}' -flag")
 
 
 @needs_native
@@ -261,4 +391,4 @@ def test_several_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
     started = [subprocess.Popen([sys.executable, "-c", CHECK]) for _ in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
-    assert len(list((tmp_path / "native").iterdir())) == 1
+    assert len(list((tmp_path / "native").iterdir())) == 2  # and its checksum

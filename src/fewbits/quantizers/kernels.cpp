@@ -74,20 +74,20 @@ float halved(float *values, long size) {
     return values[0];
 }
 
-template <typename X, typename Y>
-void lsq(const X *__restrict x, Y *__restrict y, long groups, long inner, const float *steps, float low, float high,
+template <typename X>
+void lsq(const X *__restrict x, float *__restrict y, long groups, long inner, const float *steps, float low, float high,
          bool open, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long which = 0; which < groups * blocks_of(inner); which++) {
         const Block block(which, inner);
         const X *__restrict from = x + block.first;
-        Y *__restrict to = y + block.first;
+        float *__restrict to = y + block.first;
         const float step = at_least(steps[block.group]);
         if (open) {
             for (long i = 0; i < block.size; i++)
-                store(to[i], clip(std::rint(load(from[i]) / step), low, high) * step);
+                to[i] = clip(std::rint(load(from[i]) / step), low, high) * step;
         } else {
-            for (long i = 0; i < block.size; i++) store(to[i], load(from[i]));
+            for (long i = 0; i < block.size; i++) to[i] = load(from[i]);
         }
     }
 }
@@ -122,7 +122,7 @@ void lsq_backward(const X *__restrict x, const G *__restrict grad, X *__restrict
     for (long group = 0; group < groups; group++) {
         const float grad_step = halved(sums + group * room, blocks_of(inner)) * gradient_scale;
         // A descent step subtracts it: at the floor only what raises the step passes, see positive() in rounding.py.
-        grad_steps[group] = steps[group] > SMALLEST_STEP || grad_step < 0.0f ? grad_step : grad_step * 0.0f;
+        grad_steps[group] = !(steps[group] > SMALLEST_STEP) && grad_step > 0.0f ? 0.0f : grad_step;
     }
 }
 
@@ -140,15 +140,12 @@ void each(long size, int threads, Function function) {
 extern "C" {
 
 // The types of memory: 0 is float32, 1 is bfloat16. Bounds and gate are read here, so that nobody has to wait for them.
-void fewbits_lsq(const void *x, int x_type, void *y, int y_type, long groups, long inner, const float *steps,
-                 const float *low, const float *high, const bool *gate, int threads) {
-    const auto run = [&](auto *from, auto *to) {
-        lsq(from, to, groups, inner, steps, *low, *high, gate == nullptr || *gate, threads);
+void fewbits_lsq(const void *x, int x_type, float *y, long groups, long inner, const float *steps, const float *low,
+                 const float *high, const bool *gate, int threads) {
+    const auto run = [&](auto *from) {
+        lsq(from, y, groups, inner, steps, *low, *high, gate == nullptr || *gate, threads);
     };
-    const auto from_any = [&](auto *to) {
-        x_type ? run(static_cast<const bfloat16 *>(x), to) : run(static_cast<const float *>(x), to);
-    };
-    y_type ? from_any(static_cast<bfloat16 *>(y)) : from_any(static_cast<float *>(y));
+    x_type ? run(static_cast<const bfloat16 *>(x)) : run(static_cast<const float *>(x));
 }
 
 // grad_steps: one for each group. sums: room for a power of two of blocks for each group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from . import native
 from .base import Codes, Quantizer, QuantSpec
 from .native import Bound
-from .rounding import positive, scaled_sign, sign_ste, to_codes
+from .rounding import SMALLEST_STEP, positive, scaled_sign, sign_ste, to_codes
 from .start import best_affine, best_step, sample
 from .sums import halved_sum
 from .tiles import Elementwise, Out, in_tiles, indicator, laid_like
@@ -29,11 +30,18 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, step, *bounds = ctx.saved_tensors
-        low, high = bounds or ctx.bounds
-        grad_x, share = _elementwise(step, lambda *of: _gradients(step, low, high, *of), 2, x, grads[0])
-        groups = _num_groups(x, step)
-        grad_step = share.sum_to_size(step.shape) if groups is None else halved_sum(share, groups).view(step.shape)
-        return grad_x, grad_step * ctx.gradient_scale, None, None, None
+        return *_by_operators(x, grads[0], step, bounds or ctx.bounds, ctx.gradient_scale), None, None, None
+
+
+def _by_operators(
+    x: Tensor, grad: Tensor, step: Tensor, bounds: Sequence[Bound], gradient_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and of a positive ``step``."""
+    low, high = bounds
+    grad_x, share = _elementwise(step, lambda *of: _gradients(step, low, high, *of), 2, x, grad)
+    groups = _num_groups(x, step)
+    grad_step = share.sum_to_size(step.shape) if groups is None else halved_sum(share, groups).view(step.shape)
+    return grad_x, grad_step * gradient_scale
 
 
 class _InOnePass(torch.autograd.Function):
@@ -51,6 +59,11 @@ class _InOnePass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, step, gate, *bounds = ctx.saved_tensors
         low, high = bounds or ctx.bounds
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Somebody wants the gradient's gradient, which operators have.
+            grad_x, grad_step = _by_operators(x, grads[0], positive(step), (low, high), ctx.gradient_scale)
+            grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
+            return grad_x, grad_step, None, None, None, None
         return *native.lsq_backward(x, grads[0], step, low, high, ctx.gradient_scale, gate), None, None, None, None
 
 
@@ -60,11 +73,11 @@ def _tensors(low: Bound, high: Bound) -> list[Tensor]:
 
 
 def _num_groups(x: Tensor, step: Tensor) -> int | None:
-    """How many values, one behind the other in memory, share a step each; None where they are scattered."""
-    if step.numel() == 1:
+    """How many values, one behind the other in memory, share a step each; None where that is not how it is."""
+    if step.numel() == 1 and step.ndim <= x.ndim:
         return 1
-    is_first = step.shape[0] == step.numel() == x.shape[0]
-    return x.shape[0] if is_first and x.stride(0) * x.shape[0] == x.numel() else None
+    is_first = step.ndim == x.ndim and 0 < step.shape[0] == step.numel() == x.shape[0]
+    return x.shape[0] if is_first and torch.empty_like(x).stride(0) * x.shape[0] == x.numel() else None
 
 
 def _gradients(
@@ -109,7 +122,11 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float 
     >>> y.tolist(), x.grad.tolist(), round(step.grad.item(), 4)
     ([0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 1.0, 0.0], 3.8)
     """
-    if _num_groups(x, step) is not None and native.serves(x, step):
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (low, high))
+    bounds = _tensors(low, high)
+    are_numbers = all(bound.ndim == 0 for bound in bounds)
+    if x.numel() and are_numbers and _num_groups(x, step) is not None and native.serves(x, step, *bounds):
         return _in_one_pass(x, step, low, high, gradient_scale, None)
     y: Tensor = _LearnedStep.apply(x, positive(step), low, high, gradient_scale)
     return y
@@ -136,7 +153,7 @@ class _LSQ(Quantizer):
         return lsq(x, *self._grid(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the base."""
+        """See the base; eager code on a processor has read the gate, a compiled graph leaves it to the pass."""
         if self._reads_buffers() or not native.serves(x, self.step):
             return super().forward(x)
         return _in_one_pass(x, *self._grid(x), self.enabled)

@@ -11,14 +11,16 @@ Nothing depends on it: without a C++ compiler, where the compiled functions do n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +39,7 @@ Slope = Literal["within", "below", "tent"]
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_COMPILERS = ("g++", "c++", "clang++")
 _SLOPES: tuple[Slope, ...] = ("within", "below", "tent")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FEW = 1 << 15
@@ -54,33 +57,41 @@ def reason() -> str:
     return _load()[1]
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether the compiled functions take these: plain dense ones of a processor, in float32 or bfloat16."""
-    if any(tensor.device.type != "cpu" or tensor.dtype not in _TYPES for tensor in tensors):
+def serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the compiled functions take these.
+
+    Args:
+        x: a tensor of a processor, float32 or bfloat16; in memory, not a tracer's.
+        parameters: what belongs to it, float32.
+    """
+    if x.dtype not in _TYPES or any(parameter.dtype != torch.float32 for parameter in parameters):
+        return False
+    if any(tensor.device.type != "cpu" for tensor in (x, *parameters)):
         return False
     if torch.compiler.is_compiling():
         # An exported graph goes to others, who do not know our operators.
         return not torch.compiler.is_exporting() and is_available()
-    # Tensors of tracers and fakes have no memory to pass over.
-    are_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    return are_plain and not torch.jit.is_tracing() and is_available()  # type: ignore[attr-defined]
+    # Fakes have no memory to pass over, and what traces by dispatch must see operators.
+    are_plain = all(type(each) in (Tensor, nn.Parameter) and not each.is_neg() for each in (x, *parameters))
+    is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+    return are_plain and not is_traced and is_available()
 
 
-def lsq(
-    x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """LSQ forward, see ``lsq.lsq``; ``x`` itself while the ``gate`` is closed.
+def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None) -> Tensor:
+    """LSQ forward, see ``lsq.lsq``; a copy of ``x`` while the ``gate`` is closed.
 
     Args:
-        x: values, any shape, float32 or bfloat16; computed in float32.
-        step: one, or one for each index of the first dimension.
-        low, high: the codes' bounds; tensors are 0-d.
+        x: values, any shape, float32 or bfloat16.
+        step: float32, one, or one for each index of the first dimension.
+        low, high: the codes' bounds; tensors are 0-d and float32.
         gate: 0-d, boolean; None is open.
-        dtype: of the result.
+
+    Returns:
+        float32, of the shape of ``x``.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.fewbits.lsq(x, step, _tensor(low, step), _tensor(high, step), gate, dtype)
-    return _lsq(x, step, low, high, gate, dtype)
+        return torch.ops.fewbits.lsq(x, step, _tensor(low, step), _tensor(high, step), gate)
+    return _lsq(x, step, low, high, gate)
 
 
 def lsq_backward(
@@ -103,22 +114,18 @@ def sign(x: Tensor) -> Tensor:
 def sign_backward(x: Tensor, grad: Tensor, slope: Slope, bound: float) -> Tensor:
     """``grad`` times a slope of ``rounding.py``: within ``abs(x) <= bound``, below it, or the tent; float32."""
     x, grad_x = _dense(x)
-    grad = laid_like(grad, x)
+    grad = laid_like(grad.resolve_neg(), x)
     size, number = ctypes.c_long(x.numel()), _SLOPES.index(slope)
     _library().fewbits_sign_backward(_at(x), _at(grad), _at(grad_x), size, number, ctypes.c_float(bound), _threads(x))
     return grad_x
 
 
-def _lsq(
-    x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    x, y = _dense(x, dtype)
+def _lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None) -> Tensor:
+    x, y = _dense(x, torch.float32)
     step = step.contiguous()
-    groups, inner = _groups(x, step)
     bounds = [_number(low), _number(high)]
-    _library().fewbits_lsq(
-        _at(x), _TYPES[x.dtype], _at(y), _TYPES[dtype], groups, inner, _at(step), *bounds, _gate(gate), _threads(x)
-    )
+    given = (_at(x), _TYPES[x.dtype], _at(y), *_groups(x, step), _at(step), *bounds, _gate(gate))
+    _library().fewbits_lsq(*given, _threads(x))
     return y
 
 
@@ -126,19 +133,18 @@ def _lsq_backward(
     x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     x, grad_x = _dense(x)
-    grad, step = laid_like(grad, x), step.contiguous()
+    grad, step = laid_like(grad.resolve_neg(), x), step.contiguous()
     grad_step = torch.empty_like(step)
     groups, inner = _groups(x, step)
-    sums = torch.empty(step.numel() * power_of_two(-(-x.numel() // step.numel() // BLOCK)))
+    num_sums = step.numel() * power_of_two(-(-x.numel() // step.numel() // BLOCK))
+    sums = torch.empty(num_sums, dtype=torch.float32, device="cpu")
     given = (_at(x), _TYPES[x.dtype], _at(grad), _TYPES[grad.dtype], _at(grad_x), _at(grad_step), _at(sums))
     grid = (groups, inner, _at(step), _number(low), _number(high), ctypes.c_float(gradient_scale))
     _library().fewbits_lsq_backward(*given, *grid, _gate(gate), _threads(x))
     return grad_x, grad_step
 
 
-torch.library.define(
-    "fewbits::lsq", "(Tensor x, Tensor step, Tensor low, Tensor high, Tensor? gate, ScalarType dtype) -> Tensor"
-)
+torch.library.define("fewbits::lsq", "(Tensor x, Tensor step, Tensor low, Tensor high, Tensor? gate) -> Tensor")
 torch.library.define(
     "fewbits::lsq_backward",
     "(Tensor x, Tensor grad, Tensor step, Tensor low, Tensor high, float scale, Tensor? gate) -> (Tensor, Tensor)",
@@ -148,8 +154,8 @@ torch.library.impl("fewbits::lsq_backward", "cpu", _lsq_backward)
 
 
 @torch.library.register_fake("fewbits::lsq")  # type: ignore[untyped-decorator]
-def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
 
 
 @torch.library.register_fake("fewbits::lsq_backward")  # type: ignore[untyped-decorator]
@@ -206,7 +212,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = _open()
         if not _computes_what_pytorch_does(library):
             return None, "what the compiler made is not what PyTorch computes"
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         return None, str(getattr(error, "stderr", None) or error)
     return library, ""
 
@@ -218,7 +224,7 @@ def _computes_what_pytorch_does(library: ctypes.CDLL) -> bool:
     grad, y, grad_x, sums = floats(*[1.0] * 8), floats(), floats(), (ctypes.c_float * BLOCK)()
     step, low, high, grad_step = (ctypes.byref(ctypes.c_float(value)) for value in (0.5, -1.0, 3.0, 0.0))
     groups, inner = ctypes.c_long(1), ctypes.c_long(8)
-    library.fewbits_lsq(x, 0, y, 0, groups, inner, step, low, high, None, 1)
+    library.fewbits_lsq(x, 0, y, groups, inner, step, low, high, None, 1)
     given = (x, 0, grad, 0, grad_x, grad_step, sums)
     library.fewbits_lsq_backward(*given, groups, inner, step, low, high, ctypes.c_float(0.5), None, 1)
     # By hand: codes -1, -1, 0, 0, 2, 2 (four ties), 3 and 3; the first two and the last are outside.
@@ -228,43 +234,58 @@ def _computes_what_pytorch_does(library: ctypes.CDLL) -> bool:
 
 
 def _open() -> ctypes.CDLL:
-    path = _build()
+    """From the user's cache, or compiled, and then kept there."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(None, map(shutil.which, _COMPILERS)), "")]
+    if not compiler[0]:
+        raise FileNotFoundError(f"there is no C++ compiler: no CXX in the environment, and no {', '.join(_COMPILERS)}")
+    described = "\n".join((*compiler, *_FLAGS, _processor()))
+    key = hashlib.sha256(_SOURCE.read_bytes() + described.encode()).hexdigest()[:16]
+    kept = cache_dir() / "native" / f"kernels-{key}.so"
+    if _is_ours(kept.parent) and _is_ours(kept) and _is_whole(kept):
+        return ctypes.CDLL(str(kept))
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    can_keep = _is_ours(kept.parent) and os.access(kept.parent, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=kept.parent if can_keep else None, prefix="fewbits-") as folder:
+        made = Path(folder) / kept.name
+        _compile(compiler, made)
+        if can_keep:
+            # Several processes may do this at once; whoever comes last, each file is whole.
+            checksum = made.with_suffix(".sha256")
+            checksum.write_text(_checksum(made))
+            checksum.replace(kept.with_suffix(".sha256"))
+            made = made.replace(kept)
+        return ctypes.CDLL(str(made))  # which stays when its folder goes
+
+
+def _compile(compiler: list[str], made: Path) -> None:
+    command = [*compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, errors="replace", timeout=120)
     try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # a damaged file
-        path.unlink()
-        return ctypes.CDLL(str(_build()))
+        run([*command, "-fopenmp"])
+    except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread is still one pass
+        run(command)
 
 
-def _build() -> Path:
-    """Compile, unless this source was compiled before for this processor."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler: neither CXX in the environment, nor g++, c++ or clang++")
-    key = hashlib.sha256(_SOURCE.read_bytes() + "\n".join((compiler, *_FLAGS, _processor())).encode())
-    path = _folder() / f"kernels-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [*compiler.split(), *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
-            try:
-                subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, text=True, timeout=120)
-            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread is still one pass
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            made.replace(path)  # several processes may do this at once
-    return path
-
-
-def _folder() -> Path:
-    """Where compiled functions are kept: the user's cache, or, where that cannot be written, a new temporary folder."""
-    cached = cache_dir() / "native"
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user, or the system's, can have put it there: it is going to be executed."""
     try:
-        cached.mkdir(parents=True, exist_ok=True)
-        if os.access(cached, os.W_OK):
-            return cached
+        state = path.stat()
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="fewbits-"))
+        return False
+    return not hasattr(os, "getuid") or (state.st_uid in (0, os.getuid()) and not state.st_mode & 0o022)
+
+
+def _is_whole(path: Path) -> bool:
+    """A file that was cut short would take the process along."""
+    try:
+        return _checksum(path) == path.with_suffix(".sha256").read_text()
+    except OSError:
+        return False
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _processor() -> str:

@@ -118,7 +118,8 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        if ctx.native:
+        # With a graph of its own, for a gradient's gradient, it goes by operators.
+        if ctx.native and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
             return native.sign_backward(x, grads[0], ctx.slope, ctx.clip), None, None
         slope = _SLOPES[ctx.slope]
         (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, slope(v, ctx.clip), out=out),), 1, x, grads[0])

@@ -90,6 +90,8 @@ def _cuttable(x: Tensor) -> torch.memory_format | None:
     """The memory format in which ``x`` is dense, if there is one and tiles are faster."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < 2 * _size():
         return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None  # a gradient's gradient: what is written into a tile has none
     if x.is_contiguous():
         return torch.contiguous_format
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +35,13 @@ def _write_into_loops() -> None:
 
     aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 
-    def lsq(x: Any, step: Any, low: Any, high: Any, gate: Any, dtype: torch.dtype) -> Any:
+    def lsq(x: Any, step: Any, low: Any, high: Any, gate: Any) -> Any:
         x = lowerings[convert](x, torch.float32)
         positive = lowerings[aten.clamp_min.default](step, SMALLEST_STEP)
         codes = lowerings[aten.round.default](lowerings[aten.div.Tensor](x, positive))
         codes = lowerings[aten.minimum.default](lowerings[aten.maximum.default](codes, low), high)
         y = lowerings[aten.mul.Tensor](codes, positive)
-        return lowerings[convert](y if gate is None else lowerings[aten.where.self](gate, y, x), dtype)
+        return y if gate is None else lowerings[aten.where.self](gate, y, x)
 
     register_lowering(torch.ops.fewbits.lsq.default, type_promotion_kind=None)(lsq)
 
@@ -57,7 +59,7 @@ def _quantize_again() -> Any:
                     node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 0}
 
         def uuid(self) -> str:
-            # Part of the key of compiled graphs on disk: to be changed with whatever this file tells the compiler.
-            return "fewbits 4"
+            # Part of the key of compiled graphs on disk, which hold what this file told the compiler.
+            return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     return QuantizeAgain()

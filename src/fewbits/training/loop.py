@@ -171,14 +171,21 @@ class Loop:
         )
 
     def _train_phase(self, objective: Objective, checkpoint: Checkpoint | None) -> None:
-        settings, position, phase = self.settings, self.position, objective.phase
-        num_steps = self.phase_steps[position.phase]
+        settings, position = self.settings, self.position
         stepper = Stepper(objective, settings, self.accelerator, position.bad_in_a_row, position.skipped)
         if settings.ema is not None and position.phase == len(self.phases) - 1:
             self.ema = MovingAverage(objective.networks.student, settings.ema)
         if checkpoint is not None:
             resume_training(checkpoint, stepper.optimizer, self.ema)
         self._cache = open_cache(self._teacher_cache, objective, self.feed, settings, self._display.say)
+        try:
+            self._take_steps(objective, stepper)
+        finally:
+            stepper.close()
+
+    def _take_steps(self, objective: Objective, stepper: Stepper) -> None:
+        settings, position, phase = self.settings, self.position, objective.phase
+        num_steps = self.phase_steps[position.phase]
         batches = self.feed.training(position.total_step)
         self._pace.resume()
         while position.step < num_steps:

@@ -37,6 +37,8 @@ class Settings(Checked):
             bits anyway and it is faster: compiled or bf16, with convolutions; the run says so.
         recompute: quantize the layers' inputs again in the backward pass instead of keeping them: less memory, the same
             results. A compiled objective decides that by itself.
+        checkpoint_blocks: run each residual block again in the backward pass instead of keeping what is inside: less
+            memory, more time, the same results. Not with compile, which decides what it keeps.
         shard: split weights, gradients and momentum among the processes (FSDP) instead of keeping all in each (DDP).
         processes: processes that must take part; fewer is an error. None takes what the launcher started.
         seed: of the data order, augmentation and dropout.
@@ -68,6 +70,7 @@ class Settings(Checked):
     compile: bool = False
     channels_last: bool | None = None
     recompute: bool = False
+    checkpoint_blocks: bool = False
     shard: bool = False
     processes: PositiveInt | None = None
     seed: Seed = 0
@@ -80,6 +83,11 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.checkpoint_blocks and self.compile:
+            raise ValueError(
+                "checkpoint_blocks is for steps that are not compiled, got checkpoint_blocks=True and compile=True: a "
+                "compiled graph decides what it keeps; leave out one of the two"
+            )
         for name, given in (("ema", self.ema is not None), ("gradient_shares", self.gradient_shares > 0)):
             if self.shard and given:
                 raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..distill import Losses, Objective
 from ..layers import recomputing
+from .activations import CheckpointedBlocks
 from .bounds import bound_steps
 from .guard import StepGuard
 from .settings import Settings
@@ -47,7 +48,13 @@ class Stepper:
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         recomputing(objective, settings.recompute)
         objective.teacher_dtype = torch.bfloat16 if settings.teacher_precision == "bf16" else None
+        self.blocks = CheckpointedBlocks(objective) if settings.checkpoint_blocks else None
         self._model = prepare(objective, settings, accelerator)
+
+    def close(self) -> None:
+        """The phase is over, by its end or an error: networks are as they came, but for their values."""
+        if self.blocks is not None:
+            self.blocks.undo()
 
     def __call__(
         self, images: Tensor, labels: Tensor, lr_factor: float, where: str, answers: tuple[Tensor, ...] = ()
@@ -73,6 +80,8 @@ class Stepper:
         self.guard.remember()
         batch = (images, labels, *answers)
         losses = backward(self._accelerator, self._model, batch, settings.accumulate, self.sharding)
+        if self.blocks is not None:
+            self.blocks.forget()
         norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
         taken = self.guard.accept(losses["loss"], norm, where)
         if taken:
@@ -99,7 +108,12 @@ def backward(
 
     Returns:
         The loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
+
+    Raises:
+        ValueError: the micro-batches would differ in size.
     """
+    if len(batch[0]) % num_parts:
+        raise ValueError(f"num_parts must divide the batch, got {num_parts} and {len(batch[0])} images")
     means: dict[str, Tensor] = {}
     parts = zip(*(whole.chunk(num_parts) for whole in batch), strict=True)
     # Where weights are in shares they are whole inside the model alone: each micro-batch quantizes them there.

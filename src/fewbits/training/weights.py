@@ -18,6 +18,9 @@ class SharedWeights:
     quantizer itself, and a hook gives it what the others have gathered. So DDP sees every parameter's gradient once,
     in the backward pass in which it expects it; and EWGS, whose gradient looks at signs, sees those of the whole step.
 
+    They are quantized as they and their gates are at the beginning: whoever changes one of these within a forward pass
+    has to do without.
+
     Args:
         network: with quantized layers, or around a network with them.
         num_parts: micro-batches of a step; with one there is nothing to share.
