@@ -124,12 +124,16 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float 
     """
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (low, high))
-    bounds = _tensors(low, high)
-    are_numbers = all(bound.ndim == 0 for bound in bounds)
-    if x.numel() and are_numbers and _num_groups(x, step) is not None and native.serves(x, step, *bounds):
+    if _fits_one_pass(x, step, low, high):
         return _in_one_pass(x, step, low, high, gradient_scale, None)
     y: Tensor = _LearnedStep.apply(x, positive(step), low, high, gradient_scale)
     return y
+
+
+def _fits_one_pass(x: Tensor, step: Tensor, low: Bound, high: Bound) -> bool:
+    bounds = _tensors(low, high)
+    are_numbers = all(bound.ndim == 0 for bound in bounds)
+    return x.numel() > 0 and are_numbers and _num_groups(x, step) is not None and native.serves(x, step, *bounds)
 
 
 def _in_one_pass(
@@ -154,9 +158,12 @@ class _LSQ(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the base; eager code on a processor has read the gate, a compiled graph leaves it to the pass."""
-        if self._reads_buffers() or not native.serves(x, self.step):
+        if self._reads_buffers():
             return super().forward(x)
-        return _in_one_pass(x, *self._grid(x), self.enabled)
+        step, low, high, gradient_scale = self._grid(x)
+        if not _fits_one_pass(x, step, low, high):
+            return super().forward(x)
+        return _in_one_pass(x, step, low, high, gradient_scale, self.enabled)
 
 
 class LSQWeight(_LSQ):

@@ -77,6 +77,8 @@ def indicator(compare: Callable[..., Tensor], x: Tensor, other: Any, out: Out = 
 
 def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
     """``tensor`` in the order in which a result for ``other`` lies in memory."""
+    if tensor.stride() == other.stride():
+        return tensor
     place = torch.empty_like(other, dtype=tensor.dtype)
     return tensor if tensor.stride() == place.stride() else place.copy_(tensor)
 

@@ -1,25 +1,15 @@
-"""Streams: what enters and leaves additions, concatenations and pooling, and what convolutions give to float operators.
-
-A convolution whose output is added in float, or read by a SiLU, a gate or a layer norm, cannot run on integers in ONNX
-Runtime. ``residual=8`` therefore trains 8-bit quantizers on these values, found by one symbolic trace. They hang on
-modules as hooks, so that the model's own forward stays what it was.
-"""
+"""Where stream quantizers go: which values of a traced network need one, and which hook reaches them."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
-
-from .quantizers import Quantizer
-
-OUTPUT_STREAM = "output_stream"
-INPUT_STREAM = "input_stream"
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _CONCATENATIONS = {torch.cat, torch.concat}
@@ -48,96 +38,24 @@ class Place:
     side: Literal["input", "output"]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What one symbolic trace saw.
-
-    Args:
-        order: quantizable layers in the order in which they run.
-        places: where stream quantizers go.
-        unreachable: additions with a value that no hook can reach, by the name of the module they stand in.
-    """
-
-    order: tuple[str, ...]
-    places: tuple[Place, ...]
-    unreachable: tuple[str, ...]
-
-
 @dataclass
-class _Seen:
+class Seen:
+    """Of each module, by name: the values that it gave and took, call by call."""
+
     outputs: dict[str, list[fx.Node]] = field(default_factory=dict)
     inputs: dict[str, list[fx.Node]] = field(default_factory=dict)
 
 
-class _Tracer(fx.Tracer):
-    """Records, beside the graph, which value each module took and gave."""
-
-    def __init__(self, quantizable: tuple[type[nn.Module], ...], deep: bool) -> None:
-        super().__init__()
-        self.quantizable = quantizable
-        self.deep = deep
-        self.seen = _Seen()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m).forward is nn.Sequential.forward and len(list(m.children())) > 0:
-            return False  # it cannot hold a quantizer, but the modules in it can
-        if self.deep and not isinstance(m, self.quantizable):
-            return super().is_leaf_module(m, module_qualified_name)
-        return isinstance(m, self.quantizable) or not any(isinstance(s, self.quantizable) for s in m.modules())
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        path = self.path_of_module(m)
-        if args and isinstance(args[0], fx.Proxy):
-            self.seen.inputs.setdefault(path, []).append(args[0].node)
-        result = super().call_module(m, forward, args, kwargs)
-        if isinstance(result, fx.Proxy):
-            self.seen.outputs.setdefault(path, []).append(result.node)
-        return result
-
-
-def trace(model: nn.Module, quantizable: tuple[type[nn.Module], ...]) -> Trace:
-    """Follow ``model`` once with symbols instead of numbers.
+class Finder:
+    """Which values of a traced network need a quantizer, and which hook reaches each.
 
     Args:
-        model: the float network.
+        modules: of the network, by name.
+        seen: what the trace recorded of each module.
         quantizable: the layer types that are quantized.
-
-    Raises:
-        ValueError: the model's forward cannot be traced.
     """
-    # A stranger's parameter-free module, an option-A shortcut say, is looked into where that works: what it only
-    # pads or slices stays on the grid that it came with. Where its code cannot be followed it counts as one step.
-    tracer = _Tracer(quantizable, deep=True)
-    try:
-        try:
-            graph = tracer.trace(model)
-        except Exception:
-            tracer = _Tracer(quantizable, deep=False)
-            graph = tracer.trace(model)
-    except Exception as error:  # whatever a stranger's forward raises when it meets a symbol
-        raise ValueError(
-            f"residual needs to see the additions of {type(model).__name__}, and its forward cannot be traced "
-            f"({type(error).__name__}: {error}); pass residual=None for float shortcuts"
-        ) from error
-    modules = dict(model.named_modules())
-    order = [str(n.target) for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], quantizable)]
-    finder = _Finder(modules, tracer.seen, quantizable)
-    places: dict[Place, None] = {}
-    unreachable = []
-    for node in graph.nodes:
-        for value in finder.streams(node):
-            place = finder.place(value)
-            if place is not None:
-                places[place] = None
-            elif not finder.is_read_quantized(value):
-                unreachable.append(finder.owner(node))
-    return Trace(tuple(dict.fromkeys(order)), tuple(places), tuple(dict.fromkeys(unreachable)))
 
-
-class _Finder:
-    def __init__(self, modules: dict[str, nn.Module], seen: _Seen, quantizable: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, modules: dict[str, nn.Module], seen: Seen, quantizable: tuple[type[nn.Module], ...]) -> None:
         self.modules, self.seen, self.quantizable = modules, seen, quantizable
         self.placed: dict[fx.Node, Place | None] = {}
 
@@ -321,22 +239,3 @@ def _callers(node: fx.Node) -> list[str]:
 
 def _is_inside(node: fx.Node, path: str) -> bool:
     return path in _callers(node) or (node.op == "call_module" and node.target == path)
-
-
-def attach(module: nn.Module, side: Literal["input", "output"], quantizer: Quantizer) -> None:
-    """Hang ``quantizer`` on what ``module`` takes or gives."""
-    if side == "output":
-        module.add_module(OUTPUT_STREAM, quantizer)
-        module.register_forward_hook(_quantize_output)
-    else:
-        module.add_module(INPUT_STREAM, quantizer)
-        module.register_forward_pre_hook(_quantize_input)
-
-
-def _quantize_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    quantized: Tensor = module.get_submodule(OUTPUT_STREAM)(output)
-    return quantized
-
-
-def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule(INPUT_STREAM)(args[0]), *args[1:])

@@ -1,0 +1,31 @@
+"""Hang a stream's quantizer on a module, as a hook that ``state_dict`` knows by name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..quantizers import Quantizer
+
+OUTPUT_STREAM = "output_stream"
+INPUT_STREAM = "input_stream"
+
+
+def attach(module: nn.Module, side: Literal["input", "output"], quantizer: Quantizer) -> None:
+    """Hang ``quantizer`` on what ``module`` takes or gives."""
+    if side == "output":
+        module.add_module(OUTPUT_STREAM, quantizer)
+        module.register_forward_hook(_quantize_output)
+    else:
+        module.add_module(INPUT_STREAM, quantizer)
+        module.register_forward_pre_hook(_quantize_input)
+
+
+def _quantize_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    quantized: Tensor = module.get_submodule(OUTPUT_STREAM)(output)
+    return quantized
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.get_submodule(INPUT_STREAM)(args[0]), *args[1:])
