@@ -21,13 +21,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fewb
 
 EQUAL: dict[str, tuple[dict[str, Any], float]] = {
     "float": ({"recipe": "float", "epochs": 2, "clip_grad": 1.0}, 1e-6),
-    "float-accumulate": ({"recipe": "float", "epochs": 1, "accumulate": 2, "ema": 0.9}, 1e-6),
+    "float-accumulate": ({"recipe": "float", "epochs": 1, "accumulate": 2, "ema": 0.9, "device": "auto"}, 1e-6),
     # Where codes are rounded, the last bit of a sum tips a code over after a few steps; before that the sums agree.
     "plain": ({"recipe": "plain", "epochs": 2 / 6}, 1e-6),
     "plain-accumulate": ({"recipe": "plain", "epochs": 2 / 6, "accumulate": 2}, 1e-6),
     "qfd": ({"recipe": "qfd", "epochs": 3 / 6}, 1e-5),
     "float-shard": ({"recipe": "float", "epochs": 2, "clip_grad": 1.0, "shard": True}, 1e-6),
     "plain-shard": ({"recipe": "plain", "epochs": 2 / 6, "shard": True, "accumulate": 2}, 1e-6),
+    "l2-sp-shard": ({"recipe": "l2-sp", "epochs": 1, "shard": True, "weight_decay": 0.01}, 1e-6),
+    "resumed-shard": ({"recipe": "float", "epochs": 1, "shard": True, "lr": 0.02}, 1e-6),
     "qfd-shard": ({"recipe": "qfd", "epochs": 3 / 6, "shard": True, "optimizer": "adamw", "lr": 0.001}, 1e-5),
 }
 """Runs without batch norm, with augmentation: settings, and how far the students may be apart."""
@@ -58,7 +60,8 @@ def in_two_processes(*configs: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def equal(name: str) -> dict[str, Any]:
-    return {**EQUAL[name][0], "shape": {"norm": False}, "checkpoint_seconds": 0}
+    resume = {"resume": True} if name.startswith("resumed") else {}
+    return {**EQUAL[name][0], "shape": {"norm": False}, "checkpoint_seconds": 0, **resume}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     train("plain", root / "there", epochs=1)
     configs: dict[str, dict[str, Any]] = {
         **{name: {"recipe": "plain", "output": str(root / name), **REFUSED[name][0]} for name in REFUSED},
+        "stopped": {"output": str(root / "resumed-shard"), "stop_after": 3, "processes": 2, **equal("resumed-shard")},
         **{name: {"output": str(root / name), "processes": 2, **equal(name)} for name in EQUAL},
         "there": {"recipe": "plain", "output": str(root / "there"), "epochs": 1},
     }
@@ -104,6 +108,10 @@ def test_processes_that_do_not_fit(name: str, runs: Any):
     for entry in said[name]:
         assert entry["error"].startswith(REFUSED[name][1])
     assert not (root / name).exists()
+
+
+def test_all_processes_stopped_and_went_on(runs: Any):
+    assert [entry.get("stopped") for entry in runs[1]["stopped"]] == [True, True]
 
 
 def test_every_process_refuses_a_run_that_is_there(runs: Any):

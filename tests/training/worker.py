@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator
@@ -187,6 +188,21 @@ def watch_shares() -> list[float]:
     return seen
 
 
+def stop_after(number: int) -> None:
+    """Let the run fail, in all processes, at the checkpoint behind its ``number``-th."""
+    take, seen = loop_module.take_checkpoint, 0
+
+    def stop(*args: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > number:
+            loop_module.take_checkpoint = take
+            raise Stopped
+        return take(*args)
+
+    loop_module.take_checkpoint = stop
+
+
 def main(argument: str) -> int:
     """Run what a JSON list of objects says, one after the other; print for each what it gave, or its error."""
     torch.set_num_threads(1)
@@ -197,10 +213,15 @@ def main(argument: str) -> int:
             hold_write(config.pop("hold_write"))
         if config.pop("slow_save", False):
             slow_save()
+        if "stop_after" in config:
+            stop_after(config.pop("stop_after"))
         data = part_of_digits(config.pop("num_train", NUM_TRAIN), config.pop("num_test", NUM_TEST))
         try:
             result = train(data=data, **config)
             outcome: dict[str, Any] = {"accuracy": result.accuracy, "shares": list(shares)}
+            pickle.dumps(result.student)  # nothing that trained it holds on to it
+        except Stopped:
+            outcome = {"stopped": True}
         except (ValueError, OSError, RuntimeError) as error:
             outcome = {"error": f"{type(error).__name__}: {error}"}
         sys.stdout.write(json.dumps({"rank": int(os.environ.get("RANK", 0)), **outcome}) + "\n")

@@ -147,7 +147,8 @@ class Objective(nn.Module):
             return cast(Tensor, teacher(images).float())
 
     def _has_own_precision(self) -> bool:
-        return self.teacher_dtype is not None and self.phase.routing != "teacher_input"
+        is_frozen = "teacher" not in self._trained
+        return self.teacher_dtype is not None and is_frozen and self.phase.routing != "teacher_input"
 
     def _collect(self) -> dict[Any, Tensor]:
         """What the taps kept; a teacher of its own precision is none of the losses' business."""

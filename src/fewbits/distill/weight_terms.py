@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,35 @@ from ..checks import NonNegative
 from .base import Networks, Step, Tap, Term
 
 
+class _Place(NamedTuple):
+    """Where a weight is. Asked each time: FSDP puts another tensor there while the weights are whole."""
+
+    module: nn.Module
+    name: str
+
+    @classmethod
+    def of(cls, network: nn.Module, name: str) -> Self:
+        prefix, _, leaf = name.rpartition(".")
+        return cls(network.get_submodule(prefix), leaf)
+
+    def weight(self) -> Tensor:
+        return cast(Tensor, getattr(self.module, self.name))
+
+
 class _Drawn(nn.Module):
     """0.5 sum ||w - w0||^2 over pairs of a weight and where it is drawn to; None is the origin.
 
-    The weights belong to the networks: they are held in a tuple, which makes them no parameters of this module.
+    The weights belong to the networks: their places are held in a tuple, which makes them no part of this module.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    def __init__(self, pairs: Iterable[tuple[_Place, _Place | None]]) -> None:
         super().__init__()
         self.pairs = tuple(pairs)
 
     def forward(self) -> Tensor:
-        distances = [weight if origin is None else weight - origin.detach() for weight, origin in self.pairs]
+        distances = [
+            at.weight() if origin is None else at.weight() - origin.weight().detach() for at, origin in self.pairs
+        ]
         return 0.5 * torch.stack([distance.float().square().sum() for distance in distances]).sum()
 
 
@@ -45,7 +62,7 @@ class HeadDecay(Term):
     def helper(self, networks: Networks) -> nn.Module:
         """The weight and the bias of the head."""
         head = networks.network(self.teaches).get_submodule(networks.anatomy(self.teaches).head)
-        return _Drawn((p, None) for n, p in head.named_parameters() if n in ("weight", "bias"))
+        return _Drawn((_Place(head, n), None) for n, _ in head.named_parameters() if n in ("weight", "bias"))
 
     def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
         """See the class."""
@@ -83,7 +100,7 @@ class SourceDistance(Term):
                 f"l2-sp compares weights by name, but the student has no {', '.join(missing[:3]) or 'such weight'} of "
                 "the teacher's shape; the teacher must be the float network that the student started from"
             )
-        return _Drawn((student[name], weight) for name, weight in own.items())
+        return _Drawn((_Place.of(networks.student, name), _Place.of(networks.source, name)) for name in own)
 
     def __call__(self, step: Step, taps: tuple[Tap, ...], helper: nn.Module | None) -> Tensor:
         """See the class."""

@@ -48,7 +48,9 @@ class CheckpointedBlocks:
     def undo(self) -> None:
         """Give the blocks their own forward back."""
         for block in self._blocks:
-            block.__dict__.pop("forward", None)
+            own = block.__dict__.pop("forward").own
+            if own is not None:
+                block.forward = own
         self._blocks = []
 
 
@@ -57,6 +59,7 @@ class _Checkpointed:
 
     def __init__(self, block: nn.Module) -> None:
         self._block, self._forward = block, block.forward
+        self.own = block.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

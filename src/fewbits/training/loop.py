@@ -27,7 +27,7 @@ from .ema import MovingAverage
 from .evaluate import accuracy_over_processes, reestimate_batch_norm
 from .feed import Feed
 from .folder import RunFolder
-from .guard import has_diverged
+from .guard import TrainingError, has_diverged
 from .pace import Pace
 from .position import Position, read_position
 from .profiling import Profile
@@ -175,13 +175,17 @@ class Loop:
         stepper = Stepper(objective, settings, self.accelerator, position.bad_in_a_row, position.skipped)
         if settings.ema is not None and position.phase == len(self.phases) - 1:
             self.ema = MovingAverage(objective.networks.student, settings.ema)
-        if checkpoint is not None:
-            resume_training(checkpoint, stepper.optimizer, self.ema)
-        self._cache = open_cache(self._teacher_cache, objective, self.feed, settings, self._display.say)
         try:
+            if checkpoint is not None:
+                resume_training(checkpoint, stepper.optimizer, self.ema)
+            self._cache = open_cache(self._teacher_cache, objective, self.feed, settings, self._display.say)
             self._take_steps(objective, stepper)
-        finally:
-            stepper.close()
+        except BaseException as error:
+            if stepper.sharding is None or isinstance(error, TrainingError | ValueError):
+                stepper.close()
+            # Else the other processes may know of nothing, and shares cannot be put together without them.
+            raise
+        stepper.close()
 
     def _take_steps(self, objective: Objective, stepper: Stepper) -> None:
         settings, position, phase = self.settings, self.position, objective.phase
@@ -214,8 +218,6 @@ class Loop:
                 self._records.write("shares", phase.name, **shares)
             self._after_step(objective, stepper, losses, factor)
             self._pace.resume()
-        if stepper.sharding is not None:
-            stepper.sharding.undo()
 
     def _shares(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What each term contributes to this step's gradient, where it is time to measure it; changes nothing."""

@@ -26,9 +26,9 @@ def make_accelerator(settings: Settings) -> Accelerator:
         raise ValueError("device is 'cuda', but PyTorch finds no GPU; use --device auto or cpu")
     # Accelerate keeps its settings for the whole process; a second run in it may have others.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu", mixed_precision="bf16" if settings.precision == "bf16" else "no"
-    )
+    # Asked for "any device" where there is none but the processor, Accelerate would not see the other processes.
+    is_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=is_cpu, mixed_precision="bf16" if settings.precision == "bf16" else "no")
     if settings.processes is not None and accelerator.num_processes != settings.processes:
         raise ValueError(
             f"processes={settings.processes} were asked for, but {accelerator.num_processes} take part; start with "
@@ -64,7 +64,7 @@ def remarks(settings: Settings, student: nn.Module, device: torch.device) -> lis
         )
     if settings.precision == "bf16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
-    if settings.shard and not torch.distributed.is_initialized():
+    if settings.shard and (not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1):
         found.append("one process takes part: shard has nothing to split; start several with torchrun")
     if device.type == "cpu" and native.reason():
         found.append(

@@ -42,6 +42,7 @@ class Sharding:
         self._kept = [parameter for parameter in objective.parameters() if self._is_kept_whole(parameter)]
         for _, _, parameter in self._places:
             parameter.data = parameter.data.contiguous()  # FSDP takes no other layout
+        self._bookkeeping = [_Bookkeeping(module) for module in objective.modules()]
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         fully_shard(objective, mesh=mesh, ignored_params=set(self._kept))
         register_fsdp_forward_method(objective, "teach")
@@ -80,17 +81,41 @@ class Sharding:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put the parameters back that the networks came with, at their present values."""
+        """Put the parameters back that the networks came with, at their present values; all processes must ask."""
         with self.whole():
             pass
         for module, name, parameter in self._places:
             share = module.get_parameter(name)
             parameter.data = share.full_tensor() if isinstance(share, DTensor) else share.data
             setattr(module, name, parameter)
+        for kept in self._bookkeeping:
+            kept.restore()
+
+
+class _Bookkeeping:
+    """What FSDP leaves on a module: hooks on its state dict, which hold the shares, and marks."""
+
+    HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._hooks = {name: list(module.__dict__[name].items()) for name in self.HOOKS if name in module.__dict__}
+
+    def restore(self) -> None:
+        """As it was."""
+        for name, hooks in self._hooks.items():
+            held = self._module.__dict__[name]
+            held.clear()
+            held.update(hooks)
+        for name in self.MARKS:
+            self._module.__dict__.pop(name, None)
 
 
 def squared_norm(grads: list[Tensor]) -> Tensor:
     """The sum of squares of whole gradients and of shares, over all processes; 0-d."""
+    if not grads:
+        return torch.zeros(())
     shares = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     total = _sum_of_squares([grad for grad in grads if not isinstance(grad, DTensor)], grads[0])
     if shares:
@@ -107,7 +132,8 @@ def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors for shares; all processes must ask."""
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    # In one order: an optimizer's state stands in the order in which a process happened to load it.
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in sorted(tensors.items())}
 
 
 def scatter_state(optimizer: torch.optim.Optimizer) -> None:
@@ -121,7 +147,8 @@ def scatter_state(optimizer: torch.optim.Optimizer) -> None:
 def _cut_like(parameter: DTensor, value: Any) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.shape != parameter.shape:
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    # Each process cuts its own share of what it has loaded: nothing is sent, whatever the order.
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def is_share(parameter: nn.Parameter) -> bool:

@@ -39,6 +39,7 @@ class Stepper:
         in_a_row: int = 0,
         skipped: int = 0,
     ) -> None:
+        self.blocks = CheckpointedBlocks(objective) if settings.checkpoint_blocks else None
         is_shared = settings.shard and accelerator.num_processes > 1
         self.sharding = Sharding(objective, accelerator.device) if is_shared else None
         self.optimizer = make_optimizer(objective, settings)
@@ -48,13 +49,14 @@ class Stepper:
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         recomputing(objective, settings.recompute)
         objective.teacher_dtype = torch.bfloat16 if settings.teacher_precision == "bf16" else None
-        self.blocks = CheckpointedBlocks(objective) if settings.checkpoint_blocks else None
         self._model = prepare(objective, settings, accelerator)
 
     def close(self) -> None:
-        """The phase is over, by its end or an error: networks are as they came, but for their values."""
+        """The phase is over, by its end or by an error of all processes: networks are as they came but for values."""
         if self.blocks is not None:
             self.blocks.undo()
+        if self.sharding is not None:
+            self.sharding.undo()
 
     def __call__(
         self, images: Tensor, labels: Tensor, lr_factor: float, where: str, answers: tuple[Tensor, ...] = ()
