@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checks import check_arguments
 from ..names import unknown_name
-from .base import Frozen, NoTeacher, OneStage, Recipe, Schedule, Stage, TeacherPolicy
+from .base import Recipe
 from .best import Best
 from .blockwise import BinaryBlocks, BlockWise
 from .dtq import DTQ
@@ -20,7 +20,9 @@ from .plain import Float, Plain
 from .progressive import Progressive, ProgressiveSchedule, TwoStage, TwoStageSchedule
 from .qfd import QFD, QuantizedFeature
 from .rivals import Features, Logits
+from .schedule import OneStage, Schedule, Stage
 from .stochastic import Stochastic, StochasticSchedule
+from .teacher import Frozen, NoTeacher, TeacherPolicy
 from .transfer_rivals import DELTA, L2SP
 
 RECIPES: dict[str, Callable[..., Recipe]] = {

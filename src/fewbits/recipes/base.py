@@ -4,105 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..calibration import calibrate
-from ..checks import Checked, Part, check_network, checked
-from ..convert import Plan, plan_of, quantizers_of
+from ..checks import Checked, check_network, checked
+from ..convert import plan_of, quantizers_of
 from ..distill import CrossEntropy, Edit, Group, Networks, Objective, Phase, Term
-from ..distill.base import FULLY_QUANTIZED, NetworkName, Routing
-from ..precision import PrecisionSchedule
+from ..distill.base import NetworkName
+from .schedule import OneStage, Schedule
+from .teacher import Frozen, NoTeacher, TeacherPolicy
 
 EXAMPLES = 2
 """Images that stay with the networks to give helpers their shapes."""
-
-
-@dataclass(frozen=True)
-class Stage(Checked):
-    """A stretch of the student's training, as a schedule cuts it.
-
-    Args:
-        name: for logs.
-        share: of the student's part of the budget, 0 to 1.
-        edits: changes of bits before it starts.
-        precision: what is quantized when.
-        routing: of gradients between the student's blocks.
-        labels: False leaves out every term that reads logits.
-    """
-
-    name: str = "student"
-    share: Part = 1.0
-    edits: tuple[Edit, ...] = ()
-    precision: PrecisionSchedule = FULLY_QUANTIZED
-    routing: Routing = "through"
-    labels: bool = True
-
-    def phase(self, rest: float, terms: tuple[Term, ...], trains: tuple[Group, ...]) -> Phase:
-        """The phase that it is when ``rest`` of the whole budget is the student's."""
-        kept = tuple(term for term in terms if self.labels or not term.logits())
-        return Phase(self.name, rest * self.share, kept, self.edits, trains, self.precision, self.routing)
-
-
-@dataclass(frozen=True)
-class Schedule(Checked):
-    """How the student's precision moves from the first step to the last."""
-
-    def stages(self) -> tuple[Stage, ...]:
-        """The stretches, in order; the last one ends fully quantized, with the plan's bits."""
-        raise NotImplementedError
-
-    def for_plan(self, plan: Plan) -> Schedule:
-        """This schedule without stages that, at the plan's bits, would repeat the last one; says what it leaves out."""
-        return self
-
-    def around(self, inner: Schedule) -> Schedule | None:
-        """This schedule with ``inner`` nested in each of its stages, or None if it cannot hold it."""
-        return None
-
-
-@dataclass(frozen=True)
-class OneStage(Schedule):
-    """Everything is quantized from the first step on."""
-
-    def stages(self) -> tuple[Stage, ...]:
-        """One."""
-        return (Stage(),)
-
-
-@dataclass(frozen=True)
-class TeacherPolicy(Checked):
-    """What happens to the teacher, before the student's phases and along with them."""
-
-    needs_teacher: ClassVar[bool] = True
-
-    def phases(self) -> tuple[Phase, ...]:
-        """Phases that train the teacher; their shares count in the budget."""
-        return ()
-
-    def groups(self) -> tuple[Group, ...]:
-        """Who is trained beside the student."""
-        return ()
-
-    def terms(self, student: tuple[Term, ...]) -> tuple[Term, ...]:
-        """The loss of whom ``groups`` trains, given the student's."""
-        return ()
-
-
-@dataclass(frozen=True)
-class NoTeacher(TeacherPolicy):
-    """The student learns from labels alone."""
-
-    needs_teacher: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class Frozen(TeacherPolicy):
-    """The teacher stays as it is, in eval mode."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +38,8 @@ class Recipe(Checked):
 
     name: str
     terms: tuple[Term, ...] = (CrossEntropy(),)
-    teacher: TeacherPolicy = NoTeacher()
-    schedule: Schedule = OneStage()
+    teacher: TeacherPolicy = field(default_factory=NoTeacher)
+    schedule: Schedule = field(default_factory=OneStage)
     edits: tuple[Edit, ...] = ()
     quantized: bool = True
 

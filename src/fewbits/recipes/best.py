@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from ..checks import NonNegative, checked
 from ..distill import CrossEntropy
-from .base import Frozen, Recipe
+from .base import Recipe
 from .blockwise import BlockDistance
+from .teacher import Frozen
 
 
 @checked

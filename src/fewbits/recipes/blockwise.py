@@ -21,7 +21,9 @@ from ..distill.base import NetworkName, Routing
 from ..distill.feature_losses import normalised_squared_error, squared_attention_distance, squared_error
 from ..distill.terms import other, same_shape
 from ..precision import Fixed, Precision
-from .base import Frozen, NoTeacher, OneStage, Recipe, Schedule, Stage
+from .base import Recipe
+from .schedule import OneStage, Schedule, Stage
+from .teacher import Frozen, NoTeacher
 
 Distance = Literal["squared", "normalised", "attention"]
 Stages = Literal["two", "one", "blocks_first"]

@@ -25,7 +25,8 @@ from ..distill.taps import Taps
 from ..distill.terms import same_shape
 from ..distill.weight_terms import HeadDecay
 from ..streams import OUTPUT_STREAM
-from .base import Frozen, Recipe, names_of
+from .base import Recipe, names_of
+from .teacher import Frozen
 
 NUM_TAPS = 4
 

@@ -26,7 +26,8 @@ from ..distill import CrossEntropy, LogitDistance, Networks, Step, Tap, Term
 from ..distill.base import NetworkName
 from ..distill.feature_losses import Axes, Distance, feature_distance
 from ..distill.terms import same_shape, teacher_grids
-from .base import Frozen, Recipe, names_of
+from .base import Recipe, names_of
+from .teacher import Frozen
 
 Parts = Literal["stages", "blocks"]
 Side = Literal["input", "output"]

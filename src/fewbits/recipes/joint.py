@@ -22,7 +22,8 @@ from ..distill import CrossEntropy, Group, LogitDistance, Networks, Step, Tap, T
 from ..distill.base import NetworkName
 from ..distill.feature_losses import AttentionForm, attention_map_distance, squared_error
 from ..distill.terms import fitted_grids, same_shape
-from .base import Frozen, Recipe, TeacherPolicy
+from .base import Recipe
+from .teacher import Frozen, TeacherPolicy
 
 Grid = Literal["data", "unit"]
 

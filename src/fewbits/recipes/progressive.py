@@ -19,7 +19,8 @@ from ..convert import FLOAT_BITS, Plan, plan_of, quantizers_of
 from ..distill import Edit, Networks
 from ..layers import QuantLayer
 from ..precision import Fixed, Precision, set_bits
-from .base import OneStage, Recipe, Schedule, Stage
+from .base import Recipe
+from .schedule import OneStage, Schedule, Stage
 
 Widths = Annotated[tuple[Bits, ...], "they fall from stage to stage, for example (8, 4)"]
 Nesting = Literal["stages", "precisions"]

@@ -19,7 +19,8 @@ from ..distill import CrossEntropy, Edit, Group, Networks, Phase, Step, Tap, Ter
 from ..distill.feature_losses import Reduction, squared_error
 from ..distill.terms import map_tap, same_shape
 from ..quantizers.feature import FeatureQuantizer
-from .base import Frozen, Recipe, TeacherPolicy
+from .base import Recipe
+from .teacher import Frozen, TeacherPolicy
 
 QUANTIZER = "feature_quantizer"
 WIDE = 256

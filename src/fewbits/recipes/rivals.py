@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..checks import NonNegative, Positive, checked
 from ..distill import CrossEntropy, FeatureDistance, LogitDistance
 from ..distill.feature_losses import Reduction
-from .base import Frozen, Recipe
+from .base import Recipe
+from .teacher import Frozen
 
 
 @checked

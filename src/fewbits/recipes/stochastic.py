@@ -12,7 +12,8 @@ from typing import Annotated
 
 from ..checks import Checked, Part, checked
 from ..precision import FragmentKind, Precision
-from .base import Recipe, Schedule, Stage
+from .base import Recipe
+from .schedule import Schedule, Stage
 
 Delta = Annotated[Part, "the paper starts at 0.5"]
 Until = Annotated[Part, "the paper ends the draws at 0.5"]

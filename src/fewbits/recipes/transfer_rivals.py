@@ -18,8 +18,9 @@ from ..distill import CrossEntropy, Edit, Networks, Step, Tap, Term
 from ..distill.attentive import attended_distance
 from ..distill.logit_losses import kl_divergence
 from ..distill.weight_terms import HeadDecay, SourceDistance
-from .base import Frozen, Recipe, names_of
+from .base import Recipe, names_of
 from .dtq import alignment_taps, map_shapes, pairs
+from .teacher import Frozen
 
 IMAGES = 64
 """Images that a channel's score is measured on: one forward pass of the teacher for each channel of each tap."""
