@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbits.quantizers import QuantSpec, build, native
+from fewbits.quantizers import QuantSpec, build, library, native
 from fewbits.quantizers.lsq import lsq
 from fewbits.quantizers.rounding import sign_polynomial, sign_ste
 from fewbits.quantizers.sums import BLOCK, halved_sum
@@ -23,7 +23,7 @@ LAYOUTS = ["contiguous", "channels-last", "strided", "expanded gradient", "trans
 @pytest.fixture(autouse=True)
 def forget_what_was_loaded() -> Iterator[None]:
     yield
-    native._load.cache_clear()
+    library.load.cache_clear()
 
 
 def inputs(shape: tuple[int, ...], layout: str) -> tuple[Tensor, Tensor]:
@@ -299,7 +299,7 @@ def test_halved_sum_follows_memory():
 
 def reason_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     """Why there is none, in a cache of its own."""
-    native._load.cache_clear()
+    library.load.cache_clear()
     monkeypatch.setenv("FEWBITS_CACHE", str(folder))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -336,8 +336,8 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @needs_native
 def test_functions_that_compute_something_else_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wrong = tmp_path / "kernels.cpp"
-    wrong.write_text(native._SOURCE.read_text().replace("std::rint(load", "std::floor(load"))
-    monkeypatch.setattr(native, "_SOURCE", wrong)
+    wrong.write_text(library.SOURCE.read_text().replace("std::rint(load", "std::floor(load"))
+    monkeypatch.setattr(library, "SOURCE", wrong)
     assert "not what PyTorch computes" in reason_in(tmp_path, monkeypatch)
 
 
@@ -373,7 +373,7 @@ def test_what_others_may_have_written_is_not_executed(tmp_path: Path, monkeypatc
 def test_a_cache_that_can_only_be_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert reason_in(tmp_path, monkeypatch) == ""
     (tmp_path / "native").chmod(0o500)
-    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
     assert reason_in(tmp_path, monkeypatch) == ""
     (tmp_path / "native").chmod(0o700)
 

@@ -1,33 +1,20 @@
-"""``kernels.cpp`` compiled once for this processor, kept in the user's cache, and called without a copy.
+"""LSQ and signs in one pass over memory, by ``kernels.cpp``, called without a copy.
 
-PyTorch runs LSQ as eight operators forward and more backward, each a pass over memory; one pass is three to seven times
-as fast. A compiled graph calls the same functions, as the operators ``fewbits::lsq`` and ``fewbits::lsq_backward``:
-Inductor's own fusion of the learned step's gradient is slower on a processor. On other devices Inductor fuses the
-expression itself.
-
-Nothing depends on it: without a C++ compiler, where the compiled functions do not give PyTorch's bits, or with
-``FEWBITS_NATIVE=0`` in the environment, the same results come from PyTorch's operators.
+PyTorch runs LSQ as eight operators forward and more backward, each a pass over memory. A compiled graph calls the same
+functions, as the operators ``fewbits::lsq`` and ``fewbits::lsq_backward``: Inductor's own fusion of the learned step's
+gradient is slower on a processor. On other devices Inductor fuses the expression itself. Where ``serves`` says no, the
+same results come from PyTorch's operators.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from functools import cache, partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..cache import cache_dir
+from .library import load
 from .sums import BLOCK, power_of_two
 from .tiles import laid_like
 
@@ -37,9 +24,6 @@ Bound = int | Tensor
 Slope = Literal["within", "below", "tent"]
 """What a sign's gradient is multiplied with: 1 where abs(x) <= clip; 1 where abs(x) < clip; 2 - 2 abs(x) down to 0."""
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-_COMPILERS = ("g++", "c++", "clang++")
 _SLOPES: tuple[Slope, ...] = ("within", "below", "tent")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FEW = 1 << 15
@@ -49,12 +33,12 @@ _FEW = 1 << 15
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether there are compiled functions; the first call makes them, which takes about a second, once."""
-    return _load()[0] is not None
+    return load()[0] is not None
 
 
 def reason() -> str:
     """Why there are none, for a person; empty where there are."""
-    return _load()[1]
+    return load()[1]
 
 
 def serves(x: Tensor, *parameters: Tensor) -> bool:
@@ -197,101 +181,7 @@ def _threads(x: Tensor) -> int:
 
 
 def _library() -> ctypes.CDLL:
-    library, why = _load()
+    library, why = load()
     if library is None:
         raise RuntimeError(f"fewbits has no compiled functions here: {why}")
     return library
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled functions, or None and why."""
-    if os.environ.get("FEWBITS_NATIVE") == "0":
-        return None, "FEWBITS_NATIVE is 0"
-    try:
-        library = _open()
-        if not _computes_what_pytorch_does(library):
-            return None, "what the compiler made is not what PyTorch computes"
-    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
-        return None, str(getattr(error, "stderr", None) or error)
-    return library, ""
-
-
-def _computes_what_pytorch_does(library: ctypes.CDLL) -> bool:
-    """A handful of values, ties among them, without a tensor: this may be asked while a graph is traced."""
-    floats = ctypes.c_float * 8
-    x = floats(-9.0, -0.75, -0.25, 0.25, 0.75, 1.25, 1.3, 9.0)
-    grad, y, grad_x, sums = floats(*[1.0] * 8), floats(), floats(), (ctypes.c_float * BLOCK)()
-    step, low, high, grad_step = (ctypes.byref(ctypes.c_float(value)) for value in (0.5, -1.0, 3.0, 0.0))
-    groups, inner = ctypes.c_long(1), ctypes.c_long(8)
-    library.fewbits_lsq(x, 0, y, groups, inner, step, low, high, None, 1)
-    given = (x, 0, grad, 0, grad_x, grad_step, sums)
-    library.fewbits_lsq_backward(*given, groups, inner, step, low, high, ctypes.c_float(0.5), None, 1)
-    # By hand: codes -1, -1, 0, 0, 2, 2 (four ties), 3 and 3; the first two and the last are outside.
-    # Shares -1, -1, 0.5, -0.5, 0.5, -0.5, 0.4 and 3, in halves: (-0.5, -1.5, 0.9, 2.5), (0.4, 1), 1.4; times 0.5.
-    values = [-0.5, -0.5, 0.0, 0.0, 1.0, 1.0, 1.5, 1.5]
-    return list(y) == values and list(grad_x) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0] and abs(sums[0] - 1.4) < 1e-5
-
-
-def _open() -> ctypes.CDLL:
-    """From the user's cache, or compiled, and then kept there."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [next(filter(None, map(shutil.which, _COMPILERS)), "")]
-    if not compiler[0]:
-        raise FileNotFoundError(f"there is no C++ compiler: no CXX in the environment, and no {', '.join(_COMPILERS)}")
-    described = "\n".join((*compiler, *_FLAGS, _processor()))
-    key = hashlib.sha256(_SOURCE.read_bytes() + described.encode()).hexdigest()[:16]
-    kept = cache_dir() / "native" / f"kernels-{key}.so"
-    if _is_ours(kept.parent) and _is_ours(kept) and _is_whole(kept):
-        return ctypes.CDLL(str(kept))
-    with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    can_keep = _is_ours(kept.parent) and os.access(kept.parent, os.W_OK)
-    with tempfile.TemporaryDirectory(dir=kept.parent if can_keep else None, prefix="fewbits-") as folder:
-        made = Path(folder) / kept.name
-        _compile(compiler, made)
-        if can_keep:
-            # Several processes may do this at once; whoever comes last, each file is whole.
-            checksum = made.with_suffix(".sha256")
-            checksum.write_text(_checksum(made))
-            checksum.replace(kept.with_suffix(".sha256"))
-            made = made.replace(kept)
-        return ctypes.CDLL(str(made))  # which stays when its folder goes
-
-
-def _compile(compiler: list[str], made: Path) -> None:
-    command = [*compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
-    run = partial(subprocess.run, check=True, capture_output=True, text=True, errors="replace", timeout=120)
-    try:
-        run([*command, "-fopenmp"])
-    except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread is still one pass
-        run(command)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether nobody but this user, or the system's, can have put it there: it is going to be executed."""
-    try:
-        state = path.stat()
-    except OSError:
-        return False
-    return not hasattr(os, "getuid") or (state.st_uid in (0, os.getuid()) and not state.st_mode & 0o022)
-
-
-def _is_whole(path: Path) -> bool:
-    """A file that was cut short would take the process along."""
-    try:
-        return _checksum(path) == path.with_suffix(".sha256").read_text()
-    except OSError:
-        return False
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on."""
-    described = Path("/proc/cpuinfo")
-    if not described.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    lines = described.read_text().splitlines()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
