@@ -7,8 +7,6 @@ taken, bit for bit, once networks and optimizer are loaded.
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from ..distill.share import gradient_shares
 from ..integers import settle_biases
 from ..precision import is_fully_quantized, set_precision
 from ..recipes import Recipe
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint
 from .display import Display
 from .ema import MovingAverage
 from .evaluate import accuracy_over_processes, reestimate_batch_norm
@@ -32,7 +30,8 @@ from .pace import Pace
 from .position import Position, read_position
 from .profiling import Profile
 from .records import Records
-from .resume import resume_training, resumed_objective, take_checkpoint
+from .resume import resume_training, resumed_objective
+from .saving import Saver
 from .schedules import lr_factor, phase_steps, spread_steps
 from .settings import Settings
 from .setup import make_accelerator, memory_format, remarks, steps_per_epoch
@@ -105,6 +104,7 @@ class Loop:
         self._teacher_cache = teacher_cache
         self._shown = shown and self.is_main
         self._pace = Pace(settings.batch_size)
+        self._saver = Saver(folder, self.accelerator, settings.checkpoint_seconds)
         self._profile = Profile(folder.path if folder is not None and profile and self.is_main else None)
 
     def run(self) -> Outcome:
@@ -130,7 +130,7 @@ class Loop:
         with self._display, self._records, self._profile:
             for remark in remarks(self.settings, self.student, self.accelerator.device):
                 self._display.say(remark)
-            self._started = self._saved = time.monotonic()
+            self._saver.start()
             for index in range(first, len(self.phases)):
                 if index > first:
                     objective, checkpoint = self._begin(index, objective.networks), None
@@ -243,13 +243,13 @@ class Loop:
         evaluates = is_last or (
             ends_epoch and position.total_step // self.steps_per_epoch % settings.evaluate_every == 0
         )
-        saves = ends_epoch or is_last or self._is_time_to_save()
+        saves = ends_epoch or is_last or self._saver.is_due()
         if evaluates or saves:
-            with stepper.sharding.whole() if stepper.sharding is not None else nullcontext():
+            with stepper.whole():
                 if evaluates:
                     self._evaluate(objective, float(losses["loss"]))
                 if saves:
-                    self._save(objective.networks, stepper.optimizer)
+                    self._saver.save(position, objective.networks, stepper.optimizer, self.ema)
 
     def _evaluate(self, objective: Objective, loss: float) -> None:
         """Accuracy, on the way, of the networks that this phase trains."""
@@ -271,34 +271,9 @@ class Loop:
     def _accuracy(self, model: nn.Module) -> float:
         return accuracy_over_processes(model, self.feed.test(), self.accelerator)
 
-    def _save(self, networks: Networks, optimizer: torch.optim.Optimizer) -> None:
-        self._saved = time.monotonic()
-        if self.folder is None:
-            return
-        if self.is_main:
-            self._tick()
-        checkpoint = take_checkpoint(self.position, networks, optimizer, self.ema)
-        if self.is_main:
-            save_checkpoint(self.folder.checkpoint, checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _is_time_to_save(self) -> bool:
-        """By the clock of the first process: all save together, or wait for one another for ever."""
-        due = float(time.monotonic() - self._saved >= self.settings.checkpoint_seconds)
-        if self.accelerator.num_processes == 1:
-            return bool(due)
-        flag = torch.tensor(due, device=self.accelerator.device)
-        torch.distributed.broadcast(flag, 0)
-        return bool(flag)
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.position.seconds += now - self._started
-        self._started = now
-
     def _finish(self, networks: Networks) -> Outcome:
         """Batch norm for the final weights, biases on their grid, the last evaluation."""
-        self._tick()
+        self._saver.count(self.position)
         student, position, num_batches = networks.student, self.position, self.settings.bn_batches
         set_precision(student, self.phases[-1].precision.at(1.0))
         ema = self.ema.network(student) if self.ema is not None else None

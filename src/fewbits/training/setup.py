@@ -84,17 +84,15 @@ def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Opti
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
 
 
-def prepare(objective: Objective, settings: Settings, accelerator: Accelerator) -> nn.Module:
-    """The objective compiled, and distributed over the processes, as the settings ask."""
-    model: nn.Module = objective
-    if settings.compile and settings.shard and accelerator.num_processes > 1:
-        # What gathers weights and shares gradients stays outside of the graph: hooks around the forward pass.
-        objective.forward = compiled(objective.forward)  # type: ignore[method-assign]
-    elif settings.compile:
-        model = compiled(objective)
-    if accelerator.num_processes > 1 and not settings.shard:
-        model = cast(nn.Module, accelerator.prepare(model))
-    return model
+def prepare(objective: Objective, settings: Settings, accelerator: Accelerator, is_shared: bool) -> nn.Module:
+    """The objective compiled, and distributed over the processes, as the settings ask; ``is_shared``: FSDP has it."""
+    if is_shared:
+        if settings.compile:
+            # What gathers weights and shares gradients stays outside of the graph: hooks around the forward pass.
+            objective.forward = compiled(objective.forward)  # type: ignore[method-assign]
+        return objective
+    model: nn.Module = compiled(objective) if settings.compile else objective
+    return model if accelerator.num_processes == 1 else cast(nn.Module, accelerator.prepare(model))
 
 
 def steps_per_epoch(data: Dataset, settings: Settings) -> int:

@@ -32,7 +32,7 @@ class Sharding:
     """
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
-        self._whole = {id(p) for q in objective.modules() if isinstance(q, Quantizer) for p in q.parameters()}
+        self._of_quantizers = {id(p) for q in objective.modules() if isinstance(q, Quantizer) for p in q.parameters()}
         self._places = [
             (module, name, parameter)
             for module in objective.modules()
@@ -52,7 +52,7 @@ class Sharding:
             parameter.data = parameter.new_empty(0)  # the shares are copies
 
     def _is_kept_whole(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._whole or parameter.ndim == 0
+        return id(parameter) in self._of_quantizers or parameter.ndim == 0
 
     def synchronise(self, on: bool) -> None:
         """Whether the next backward pass shares its gradients, or keeps them for the next micro-batch."""

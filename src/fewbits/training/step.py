@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -49,7 +49,11 @@ class Stepper:
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         recomputing(objective, settings.recompute)
         objective.teacher_dtype = torch.bfloat16 if settings.teacher_precision == "bf16" else None
-        self._model = prepare(objective, settings, accelerator)
+        self._model = prepare(objective, settings, accelerator, is_shared)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A context in which networks have their weights whole, to evaluate or save them; see ``Sharding.whole``."""
+        return nullcontext() if self.sharding is None else self.sharding.whole()
 
     def close(self) -> None:
         """The phase is over, by its end or by an error of all processes: networks are as they came but for values."""
@@ -126,7 +130,7 @@ def backward(
                 weights.last()
             if sharding is not None:
                 sharding.synchronise(is_last)
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            with nullcontext() if is_last else accelerator.no_sync(model):
                 with accelerator.autocast():
                     losses: Losses = model(images, labels, tuple(answers))
                 accelerator.backward(losses.total / num_parts)
