@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import fewbits as fb
-from fewbits.quantizers import Quantizer, native
+from fewbits.quantizers import Quantizer
 from fewbits.training.compiling import compiled
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
-    pytest.mark.skipif(not native.is_available(), reason=native.reason() or "there is one"),
 ]
 
 

@@ -76,26 +76,21 @@ float halved(float *values, long size) {
 
 template <typename X>
 void lsq(const X *__restrict x, float *__restrict y, long groups, long inner, const float *steps, float low, float high,
-         bool open, int threads) {
+         int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long which = 0; which < groups * blocks_of(inner); which++) {
         const Block block(which, inner);
         const X *__restrict from = x + block.first;
         float *__restrict to = y + block.first;
         const float step = at_least(steps[block.group]);
-        if (open) {
-            for (long i = 0; i < block.size; i++)
-                to[i] = clip(std::rint(load(from[i]) / step), low, high) * step;
-        } else {
-            for (long i = 0; i < block.size; i++) to[i] = load(from[i]);
-        }
+        for (long i = 0; i < block.size; i++) to[i] = clip(std::rint(load(from[i]) / step), low, high) * step;
     }
 }
 
 template <typename X, typename G>
 void lsq_backward(const X *__restrict x, const G *__restrict grad, X *__restrict grad_x, float *__restrict grad_steps,
                   float *__restrict sums, long groups, long inner, const float *steps, float low, float high,
-                  float gradient_scale, bool open, int threads) {
+                  float gradient_scale, int threads) {
     const long room = power_of_two(blocks_of(inner));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long which = 0; which < groups * blocks_of(inner); which++) {
@@ -104,12 +99,6 @@ void lsq_backward(const X *__restrict x, const G *__restrict grad, X *__restrict
         const G *__restrict given = grad + block.first;
         X *__restrict to = grad_x + block.first;
         const float step = at_least(steps[block.group]);
-        float &sum = sums[block.group * room + block.number];
-        sum = 0.0f;
-        if (!open) {
-            for (long i = 0; i < block.size; i++) store(to[i], load(given[i]));
-            continue;
-        }
         alignas(64) float share[BLOCK];
         for (long i = 0; i < block.size; i++) {
             const float g = load(given[i]), scaled = load(from[i]) / step, clipped = clip(scaled, low, high);
@@ -117,7 +106,7 @@ void lsq_backward(const X *__restrict x, const G *__restrict grad, X *__restrict
             store(to[i], g * inside);
             share[i] = g * (std::rint(clipped) - clipped * inside);
         }
-        sum = halved(share, block.size);
+        sums[block.group * room + block.number] = halved(share, block.size);
     }
     for (long group = 0; group < groups; group++) {
         const float grad_step = halved(sums + group * room, blocks_of(inner)) * gradient_scale;
@@ -139,22 +128,19 @@ void each(long size, int threads, Function function) {
 
 extern "C" {
 
-// The types of memory: 0 is float32, 1 is bfloat16. Bounds and gate are read here, so that nobody has to wait for them.
+// The types of memory: 0 is float32, 1 is bfloat16. Bounds may be values of tensors.
 void fewbits_lsq(const void *x, int x_type, float *y, long groups, long inner, const float *steps, const float *low,
-                 const float *high, const bool *gate, int threads) {
-    const auto run = [&](auto *from) {
-        lsq(from, y, groups, inner, steps, *low, *high, gate == nullptr || *gate, threads);
-    };
+                 const float *high, int threads) {
+    const auto run = [&](auto *from) { lsq(from, y, groups, inner, steps, *low, *high, threads); };
     x_type ? run(static_cast<const bfloat16 *>(x)) : run(static_cast<const float *>(x));
 }
 
 // grad_steps: one for each group. sums: room for a power of two of blocks for each group.
 void fewbits_lsq_backward(const void *x, int x_type, const void *grad, int grad_type, void *grad_x, float *grad_steps,
                           float *sums, long groups, long inner, const float *steps, const float *low, const float *high,
-                          float gradient_scale, const bool *gate, int threads) {
+                          float gradient_scale, int threads) {
     const auto run = [&](auto *from, auto *to, auto *given) {
-        lsq_backward(from, given, to, grad_steps, sums, groups, inner, steps, *low, *high, gradient_scale,
-                     gate == nullptr || *gate, threads);
+        lsq_backward(from, given, to, grad_steps, sums, groups, inner, steps, *low, *high, gradient_scale, threads);
     };
     const auto given_any = [&](auto *from, auto *to) {
         grad_type ? run(from, to, static_cast<const bfloat16 *>(grad)) : run(from, to, static_cast<const float *>(grad));

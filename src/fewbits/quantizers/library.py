@@ -42,16 +42,16 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _computes_what_pytorch_does(library: ctypes.CDLL) -> bool:
-    """A handful of values, ties among them, without a tensor: this may be asked while a graph is traced."""
+    """A handful of values, ties among them."""
     floats = ctypes.c_float * 8
     x = floats(-9.0, -0.75, -0.25, 0.25, 0.75, 1.25, 1.3, 9.0)
     grad, y, grad_x, sums = floats(*[1.0] * 8), floats(), floats(), (ctypes.c_float * BLOCK)()
     grad_step = ctypes.c_float()
     step, low, high = (ctypes.byref(ctypes.c_float(value)) for value in (0.5, -1.0, 3.0))
     groups, inner = ctypes.c_long(1), ctypes.c_long(8)
-    library.fewbits_lsq(x, 0, y, groups, inner, step, low, high, None, 1)
+    library.fewbits_lsq(x, 0, y, groups, inner, step, low, high, 1)
     given = (x, 0, grad, 0, grad_x, ctypes.byref(grad_step), sums)
-    library.fewbits_lsq_backward(*given, groups, inner, step, low, high, ctypes.c_float(0.5), None, 1)
+    library.fewbits_lsq_backward(*given, groups, inner, step, low, high, ctypes.c_float(0.5), 1)
     # By hand: codes -1, -1, 0, 0, 2, 2 (four ties), 3 and 3; the first two and the last are outside.
     # Shares -1, -1, 0.5, -0.5, 0.5, -0.5, 0.4 and 3, in halves: (-0.5, -1.5, 0.9, 2.5), (0.4, 1), 1.4; times 0.5.
     is_summed = abs(sums[0] - 1.4) < 1e-5 and grad_step.value == sums[0] / 2

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import native
+from . import fused, graph, native
 from .base import Codes, Quantizer, QuantSpec
 from .native import Bound
 from .rounding import SMALLEST_STEP, positive, scaled_sign, sign_ste, to_codes
@@ -45,7 +45,7 @@ def _by_operators(
 
 
 class _InOnePass(torch.autograd.Function):
-    """The same by ``kernels.cpp``, which keeps the step positive and minds the gate as well."""
+    """The same by whoever passes over memory once, see ``_way``; they keep the step positive and mind a gate."""
 
     @staticmethod
     def forward(
@@ -53,18 +53,33 @@ class _InOnePass(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, step, gate, *_tensors(low, high))
         ctx.bounds, ctx.gradient_scale = (low, high), gradient_scale
-        return native.lsq(x, step, low, high, gate)
+        return _way(x).lsq(x, step, low, high, *_given(gate))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, step, gate, *bounds = ctx.saved_tensors
-        low, high = bounds or ctx.bounds
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Somebody wants the gradient's gradient, which operators have.
-            grad_x, grad_step = _by_operators(x, grads[0], positive(step), (low, high), ctx.gradient_scale)
-            grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
-            return grad_x, grad_step, None, None, None, None
-        return *native.lsq_backward(x, grads[0], step, low, high, ctx.gradient_scale, gate), None, None, None, None
+        grad, (low, high), scale = grads[0], bounds or ctx.bounds, ctx.gradient_scale
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            found = _way(x).lsq_backward(x, grad, step, low, high, scale, *_given(gate))
+            return *found, None, None, None, None
+        # Somebody wants the gradient's gradient, which operators have.
+        grad_x, grad_step = _by_operators(x, grad, positive(step), (low, high), scale)
+        grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
+        if gate is not None:
+            grad_x, grad_step = torch.where(gate, grad_x, grad), torch.where(gate, grad_step, 0.0)
+        return grad_x, grad_step, None, None, None, None
+
+
+def _way(x: Tensor) -> Any:
+    """What computes LSQ in one pass here: a module with ``serves``, ``lsq`` and ``lsq_backward``."""
+    if torch.compiler.is_compiling():
+        return graph
+    return fused if x.device.type in fused.DEVICES else native
+
+
+def _given(gate: Tensor | None) -> list[Tensor]:
+    """Eager code on a processor reads a gate before it gets here: ``native`` knows of none."""
+    return [] if gate is None else [gate]
 
 
 def _tensors(low: Bound, high: Bound) -> list[Tensor]:
@@ -132,8 +147,9 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float 
 
 def _fits_one_pass(x: Tensor, step: Tensor, low: Bound, high: Bound) -> bool:
     bounds = _tensors(low, high)
-    are_numbers = all(bound.ndim == 0 for bound in bounds)
-    return x.numel() > 0 and are_numbers and _num_groups(x, step) is not None and native.serves(x, step, *bounds)
+    if x.numel() == 0 or any(bound.ndim for bound in bounds) or _num_groups(x, step) is None:
+        return False
+    return bool(_way(x).serves(x, step, *bounds))
 
 
 def _in_one_pass(

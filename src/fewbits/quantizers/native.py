@@ -1,9 +1,7 @@
 """LSQ and signs in one pass over memory, by ``kernels.cpp``, called without a copy.
 
-PyTorch runs LSQ as eight operators forward and more backward, each a pass over memory. A compiled graph calls the same
-functions, as the operators ``fewbits::lsq`` and ``fewbits::lsq_backward``: Inductor's own fusion of the learned step's
-gradient is slower on a processor. On other devices Inductor fuses the expression itself. Where ``serves`` says no, the
-same results come from PyTorch's operators.
+PyTorch runs LSQ as eight operators forward and more backward, each a pass over memory. Where ``serves`` says no, the
+same results come from PyTorch's operators; a compiled graph has its own way (graph.py).
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ _FEW = 1 << 15
 """Elements that one thread passes over faster than a second one starts."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether there are compiled functions; the first call makes them, which takes about a second, once."""
     return load()[0] is not None
@@ -48,75 +45,43 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
         x: a tensor of a processor, float32 or bfloat16; in memory, not a tracer's.
         parameters: what belongs to it, float32.
     """
-    if x.dtype not in _TYPES or any(parameter.dtype != torch.float32 for parameter in parameters):
+    if (
+        torch.compiler.is_compiling()
+        or x.dtype not in _TYPES
+        or any(parameter.dtype != torch.float32 for parameter in parameters)
+    ):
         return False
     if any(tensor.device.type != "cpu" for tensor in (x, *parameters)):
         return False
-    if torch.compiler.is_compiling():
-        # An exported graph goes to others, who do not know our operators.
-        return not torch.compiler.is_exporting() and is_available()
     # Fakes have no memory to pass over, and what traces by dispatch must see operators.
     are_plain = all(type(each) in (Tensor, nn.Parameter) and not each.is_neg() for each in (x, *parameters))
     is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
     return are_plain and not is_traced and is_available()
 
 
-def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None) -> Tensor:
-    """LSQ forward, see ``lsq.lsq``; a copy of ``x`` while the ``gate`` is closed.
+def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+    """LSQ forward, see ``lsq.lsq``.
 
     Args:
         x: values, any shape, float32 or bfloat16.
         step: float32, one, or one for each index of the first dimension.
         low, high: the codes' bounds; tensors are 0-d and float32.
-        gate: 0-d, boolean; None is open.
 
     Returns:
         float32, of the shape of ``x``.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.fewbits.lsq(x, step, _tensor(low, step), _tensor(high, step), gate)
-    return _lsq(x, step, low, high, gate)
-
-
-def lsq_backward(
-    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``x``, in its type, and of ``step``; zeros for ``step`` behind a closed gate."""
-    if torch.compiler.is_compiling():
-        bounds = (_tensor(low, step), _tensor(high, step))
-        return torch.ops.fewbits.lsq_backward(x, grad, step, *bounds, gradient_scale, gate)
-    return _lsq_backward(x, grad, step, low, high, gradient_scale, gate)
-
-
-def sign(x: Tensor) -> Tensor:
-    """+1 where ``x >= 0``, else -1; float32."""
-    x, y = _dense(x)
-    _library().fewbits_sign(_at(x), _at(y), ctypes.c_long(x.numel()), _threads(x))
-    return y
-
-
-def sign_backward(x: Tensor, grad: Tensor, slope: Slope, bound: float) -> Tensor:
-    """``grad`` times a slope of ``rounding.py``: within ``abs(x) <= bound``, below it, or the tent; float32."""
-    x, grad_x = _dense(x)
-    grad = laid_like(grad.resolve_neg(), x)
-    size, number = ctypes.c_long(x.numel()), _SLOPES.index(slope)
-    _library().fewbits_sign_backward(_at(x), _at(grad), _at(grad_x), size, number, ctypes.c_float(bound), _threads(x))
-    return grad_x
-
-
-def _lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None) -> Tensor:
-    x, y = _dense(x, torch.float32)
+    x, y = dense(x, torch.float32)
     step = step.contiguous()
-    bounds = [_number(low), _number(high)]
-    given = (_at(x), _TYPES[x.dtype], _at(y), *_groups(x, step), _at(step), *bounds, _gate(gate))
+    given = (_at(x), _TYPES[x.dtype], _at(y), *_groups(x, step), _at(step), _number(low), _number(high))
     _library().fewbits_lsq(*given, _threads(x))
     return y
 
 
-def _lsq_backward(
-    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None
+def lsq_backward(
+    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float
 ) -> tuple[Tensor, Tensor]:
-    x, grad_x = _dense(x)
+    """The gradients of ``x``, in its type, and of ``step``."""
+    x, grad_x = dense(x)
     grad, step = laid_like(grad.resolve_neg(), x), step.contiguous()
     grad_step = torch.empty_like(step)
     groups, inner = _groups(x, step)
@@ -124,32 +89,27 @@ def _lsq_backward(
     sums = torch.empty(num_sums, dtype=torch.float32, device="cpu")
     given = (_at(x), _TYPES[x.dtype], _at(grad), _TYPES[grad.dtype], _at(grad_x), _at(grad_step), _at(sums))
     grid = (groups, inner, _at(step), _number(low), _number(high), ctypes.c_float(gradient_scale))
-    _library().fewbits_lsq_backward(*given, *grid, _gate(gate), _threads(x))
+    _library().fewbits_lsq_backward(*given, *grid, _threads(x))
     return grad_x, grad_step
 
 
-torch.library.define("fewbits::lsq", "(Tensor x, Tensor step, Tensor low, Tensor high, Tensor? gate) -> Tensor")
-torch.library.define(
-    "fewbits::lsq_backward",
-    "(Tensor x, Tensor grad, Tensor step, Tensor low, Tensor high, float scale, Tensor? gate) -> (Tensor, Tensor)",
-)
-torch.library.impl("fewbits::lsq", "cpu", _lsq)
-torch.library.impl("fewbits::lsq_backward", "cpu", _lsq_backward)
+def sign(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1; float32."""
+    x, y = dense(x)
+    _library().fewbits_sign(_at(x), _at(y), ctypes.c_long(x.numel()), _threads(x))
+    return y
 
 
-@torch.library.register_fake("fewbits::lsq")  # type: ignore[untyped-decorator]
-def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
+def sign_backward(x: Tensor, grad: Tensor, slope: Slope, bound: float) -> Tensor:
+    """``grad`` times a slope of ``rounding.py``: within ``abs(x) <= bound``, below it, or the tent; float32."""
+    x, grad_x = dense(x)
+    grad = laid_like(grad.resolve_neg(), x)
+    size, number = ctypes.c_long(x.numel()), _SLOPES.index(slope)
+    _library().fewbits_sign_backward(_at(x), _at(grad), _at(grad_x), size, number, ctypes.c_float(bound), _threads(x))
+    return grad_x
 
 
-@torch.library.register_fake("fewbits::lsq_backward")  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor, scale: float, gate: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(step, memory_format=torch.contiguous_format)
-
-
-def _dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def dense(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """``x`` without holes, and room for a result that lies in memory as it does."""
     result = torch.empty_like(x, dtype=dtype)
     return x if x.stride() == result.stride() else torch.empty_like(x).copy_(x), result
@@ -160,16 +120,8 @@ def _groups(x: Tensor, step: Tensor) -> tuple[ctypes.c_long, ctypes.c_long]:
     return ctypes.c_long(step.numel()), ctypes.c_long(x.numel() // step.numel())
 
 
-def _tensor(bound: Bound, like: Tensor) -> Tensor:
-    return bound if isinstance(bound, Tensor) else torch.full((), float(bound), device=like.device)
-
-
 def _number(bound: Bound) -> ctypes.c_void_p | ctypes._CArgObject:
     return _at(bound) if isinstance(bound, Tensor) else ctypes.byref(ctypes.c_float(bound))
-
-
-def _gate(gate: Tensor | None) -> ctypes.c_void_p | None:
-    return None if gate is None else _at(gate)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

@@ -109,7 +109,7 @@ class _Sign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, slope: Slope, clip: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.slope, ctx.clip = slope, clip
-        ctx.native = _in_one_pass(x)
+        ctx.native = x.dtype == torch.float32 and native.serves(x)  # a compiled graph fuses signs by itself
         if ctx.native:
             return native.sign(x)
         (signs,) = in_tiles(lambda v, out: (_sign(v, out),), 1, x)
@@ -119,16 +119,11 @@ class _Sign(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         # With a graph of its own, for a gradient's gradient, it goes by operators.
-        if ctx.native and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+        if ctx.native and not torch.is_grad_enabled():
             return native.sign_backward(x, grads[0], ctx.slope, ctx.clip), None, None
         slope = _SLOPES[ctx.slope]
         (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, slope(v, ctx.clip), out=out),), 1, x, grads[0])
         return grad, None, None
-
-
-def _in_one_pass(x: Tensor) -> bool:
-    """A compiled graph fuses signs by itself."""
-    return x.dtype == torch.float32 and not torch.compiler.is_compiling() and native.serves(x)
 
 
 def _sign(x: Tensor, out: Out = None) -> Tensor:

@@ -18,7 +18,7 @@ def halved_sum(values: Tensor, num_groups: int = 1) -> Tensor:
     """The sum of each group, in order of memory.
 
     Blocks of 2,048 values, the last one filled with zeros, are halved, the second half added to the first, until one
-    value is left of each; then these likewise. A compiled graph, and other devices than a CPU, have their own ways.
+    value is left of each; then these likewise. Other devices than a CPU have their own way.
 
     Args:
         values: any shape; groups lie behind one another.
@@ -31,7 +31,7 @@ def halved_sum(values: Tensor, num_groups: int = 1) -> Tensor:
     [3.0, 12.0]
     """
     flat = _in_order(values).view(num_groups, -1)
-    if torch.compiler.is_compiling() or values.device.type != "cpu":
+    if values.device.type != "cpu":
         return flat.sum(1)
     blocks = -(-flat.shape[1] // BLOCK)
     whole = F.pad(flat, (0, blocks * BLOCK - flat.shape[1])).view(num_groups, blocks, BLOCK)
@@ -58,6 +58,6 @@ def _halved(values: Tensor) -> Tensor:
 
 def _in_order(values: Tensor) -> Tensor:
     """Flat, as the values lie in memory where they lie densely, else as they are counted."""
-    if not torch.compiler.is_compiling() and torch.empty_like(values).stride() == values.stride():
+    if torch.empty_like(values).stride() == values.stride():
         return values.as_strided((values.numel(),), (1,))
     return values.reshape(-1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data import Dataset
 from ..distill import Objective
-from ..quantizers import native
+from ..quantizers import fused, native
 from .compiling import compiled
 from .settings import Settings
 
@@ -66,10 +66,9 @@ def remarks(settings: Settings, student: nn.Module, device: torch.device) -> lis
         found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
     if settings.shard and (not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1):
         found.append("one process takes part: shard has nothing to split; start several with torchrun")
-    if device.type == "cpu" and native.reason():
-        found.append(
-            f"quantizers are computed by PyTorch's operators, which is slower: {native.reason().splitlines()[0]}"
-        )
+    missing = native.reason() if device.type == "cpu" else fused.reason(device) if device.type in fused.DEVICES else ""
+    if missing:
+        found.append(f"quantizers are computed by PyTorch's operators, which is slower: {missing.splitlines()[0]}")
     return found
 
 

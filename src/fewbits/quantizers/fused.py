@@ -1,0 +1,99 @@
+"""LSQ in one pass on GPUs outside of compiled graphs: Inductor's loops for it alone, made once for all shapes.
+
+Nothing depends on it: where the compiler fails, or does not give what PyTorch's operators give, ``reason`` says so, and
+they do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import graph
+from .native import Bound, dense
+from .tiles import laid_like
+
+DEVICES = ("cuda", "xpu")
+"""Types of devices on which operators are slow one by one, and Inductor writes kernels."""
+
+
+def serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the compiled loops take these: on one of ``DEVICES``, in memory, ``x`` float32 or bfloat16."""
+    if x.device.type not in DEVICES or torch.compiler.is_compiling():
+        return False
+    are_plain = all(type(each) in (Tensor, nn.Parameter) and not each.is_neg() for each in (x, *parameters))
+    are_known = x.dtype in graph.TYPES and all(each.dtype == torch.float32 for each in parameters)
+    is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+    are_several = all(x.numel() > each.numel() for each in parameters)  # one value a step would be a graph of its own
+    return are_plain and are_known and are_several and not is_traced and not reason(x.device)
+
+
+@cache
+def reason(device: torch.device) -> str:
+    """Why there are none for this device, for a person; empty where there are. The first call compiles them."""
+    step = torch.tensor([[0.5], [0.25]], device=device)
+    x = torch.linspace(-4, 4, 2 * 4096, device=device).view(2, -1)  # eighths, sixteenths and ties are among them
+    grad = torch.linspace(-1, 2, 2 * 4096, device=device).view(2, -1)
+    try:
+        for values, given, steps in ((x, grad, step), (x[:1], grad[:1], step[:1])):
+            bounds = _bounds(-2, 5, steps)
+            wanted = graph.lsq(values, steps, *bounds), *graph.lsq_backward(values, given, steps, *bounds, 0.5)
+            found = lsq(values, steps, -2, 5), *lsq_backward(values, given, steps, -2, 5, 0.5)
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    except Exception as error:  # whatever a compiler dies of: operators are there
+        return str(error) or type(error).__name__
+    return ""
+
+
+@torch.no_grad()  # the compiler distinguishes that, too
+def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None) -> Tensor:
+    """LSQ forward, see ``graph.lsq``; ``step`` is one, or one for each index of the first dimension.
+
+    Nothing waits for the device: bounds and gate are read where they lie.
+    """
+    x, y = dense(x, torch.float32)
+    made = _compiled(graph.lsq)(_grouped(x, step), _grouped(step.contiguous(), step), *_bounds(low, high, step), gate)
+    return made.as_strided(y.shape, y.stride())
+
+
+@torch.no_grad()
+def lsq_backward(
+    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``step``, see ``graph.lsq_backward``."""
+    x, grad_x = dense(x)
+    given = (_grouped(x, step), _grouped(laid_like(grad.resolve_neg(), x), step), _grouped(step.contiguous(), step))
+    scale = _scalar(gradient_scale, step)
+    made, grad_step = _compiled(graph.lsq_backward)(*given, *_bounds(low, high, step), scale, gate)
+    return made.as_strided(grad_x.shape, grad_x.stride()), grad_step.view(step.shape)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Without fullgraph: whatever could make it compile again and again makes it slow in the end, not fail.
+    return torch.compile(function, dynamic=True, options=graph.OPTIONS)
+
+
+def _grouped(x: Tensor, step: Tensor) -> Tensor:
+    """In order of memory, a row for each step.
+
+    A tensor on the same memory and no view of it: the compiler distinguishes views by what they are views of.
+    """
+    shape = (step.numel(), x.numel() // step.numel())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), shape, (shape[1], 1)
+    )
+
+
+def _bounds(low: Bound, high: Bound, step: Tensor) -> tuple[Tensor, Tensor]:
+    """On the device, where a graph reads them: new bits compile nothing."""
+    return _scalar(low, step), _scalar(high, step)
+
+
+def _scalar(number: Bound | float, like: Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.full((), float(number), device=like.device)
