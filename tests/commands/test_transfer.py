@@ -84,9 +84,9 @@ def test_the_source_classifier_travels_with_the_checkpoint(moved, place):
 
 def test_a_run_that_was_cut_ends_alike(moved, place, monkeypatch):
     """Attention modules, their momentum and the frozen classifier come back from the checkpoint."""
-    from fewbits.training import loop
+    from fewbits.training.saving import Saver
 
-    save, saved = loop.Loop._save, []
+    save, saved = Saver.save, []
 
     def save_and_stop(self, *arguments):
         save(self, *arguments)
@@ -95,7 +95,7 @@ def test_a_run_that_was_cut_ends_alike(moved, place, monkeypatch):
             raise KeyboardInterrupt
 
     arguments = move(place, "cut", "--recipe", "dtq")
-    monkeypatch.setattr(loop.Loop, "_save", save_and_stop)
+    monkeypatch.setattr(Saver, "save", save_and_stop)
     assert run(*arguments) == 130
     monkeypatch.undo()
     assert run(*arguments, "--resume") == 0

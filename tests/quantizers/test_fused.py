@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbits.quantizers import QuantSpec, build, fused, graph, native
 from fewbits.quantizers.lsq import lsq
+from fewbits.recipes import make
 from fewbits.training import Settings
 from fewbits.training.setup import remarks
 
@@ -115,5 +116,5 @@ def test_a_compiler_that_cannot_is_not_used(fault: str, monkeypatch: pytest.Monk
         assert fused.reason(torch.device("cpu")).startswith("no Triton today")
         monkeypatch.setattr(fused, "DEVICES", ("xpu",))
         monkeypatch.setattr(fused, "reason", lambda device: "no Triton today\nand a long story")
-        (said,) = remarks(Settings(), torch.nn.ReLU(), torch.device("xpu"))
+        (said,) = remarks(Settings(), torch.nn.ReLU(), torch.device("xpu"), make("plain"))
         assert said.endswith("slower: no Triton today")

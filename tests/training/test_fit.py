@@ -13,6 +13,7 @@ from training_worker import SETTINGS, network, part_of_digits, same_run, stopped
 
 from fewbits.convert import quantize
 from fewbits.data import Dataset, Normalisation, TensorSplit
+from fewbits.quantizers import fused
 from fewbits.recipes import Plain, make
 from fewbits.training import Settings, fit, read_metrics
 from fewbits.training import loop as loop_module
@@ -205,14 +206,25 @@ def test_bf16_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
         ({"channels_last": True}, True),
     ],
 )
-def test_channels_last_by_default_where_bits_are_free(settings: dict[str, Any], wanted: bool):
+def test_channels_last_by_default_where_bits_are_free(
+    settings: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fused, "reason", lambda device: "")  # as on a GPU that has a compiler
     convolutional, linear = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Linear(3, 4))
     given = Settings(**settings)
     assert (memory_format(given, convolutional) == torch.channels_last) is wanted
     assert (memory_format(given, linear) == torch.channels_last) is bool(given.channels_last)
-    said = remarks(given, convolutional, torch.device("cuda"))
+    said = remarks(given, convolutional, torch.device("cuda"), make("plain"))
     assert bool(said) is (wanted and given.channels_last is None)
     assert all("--no-channels-last" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"), [("logits", False), ("qfd", False), ("plain", True), ("joint", True), ("blockwise", False)]
+)
+def test_a_teacher_s_precision_without_a_frozen_teacher_is_said(recipe: str, says: bool):
+    said = remarks(Settings(teacher_precision="bf16"), nn.ReLU(), torch.device("cpu"), make(recipe))
+    assert any("asks no frozen teacher" in line for line in said) is says
 
 
 def test_bf16_in_channels_last_trains_and_says_so(capsys: pytest.CaptureFixture[str]):

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from fewbits.convert import quantize
 from fewbits.data import Dataset, load
 from fewbits.recipes import make
-from fewbits.training import Result, fit, read_metrics
-from fewbits.training import loop as loop_module
+from fewbits.training import Result, fit, read_metrics, saving
 
 BATCH_SIZE = 16
 NUM_TRAIN = 96  # six batches
@@ -109,7 +108,7 @@ class Stopped(Exception):
 @contextmanager
 def stopped_at(monkeypatch: pytest.MonkeyPatch, save: int, *, written: bool) -> Iterator[None]:
     """Stop the run at its ``save``-th checkpoint (from 1), before or after it is written."""
-    original, seen = loop_module.save_checkpoint, 0
+    original, seen = saving.save_checkpoint, 0
 
     def save_and_stop(*args: Any) -> None:
         nonlocal seen
@@ -120,7 +119,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, save: int, *, written: bool) -> 
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "save_checkpoint", save_and_stop)
+        patch.setattr(saving, "save_checkpoint", save_and_stop)
         with pytest.raises(Stopped):
             yield
 
@@ -190,17 +189,17 @@ def watch_shares() -> list[float]:
 
 def stop_after(number: int) -> None:
     """Let the run fail, in all processes, at the checkpoint behind its ``number``-th."""
-    take, seen = loop_module.take_checkpoint, 0
+    take, seen = saving.take_checkpoint, 0
 
     def stop(*args: Any) -> Any:
         nonlocal seen
         seen += 1
         if seen > number:
-            loop_module.take_checkpoint = take
+            saving.take_checkpoint = take
             raise Stopped
         return take(*args)
 
-    loop_module.take_checkpoint = stop
+    saving.take_checkpoint = stop
 
 
 def main(argument: str) -> int:

@@ -35,10 +35,10 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
 @cache
 def reason(device: torch.device) -> str:
     """Why there are none for this device, for a person; empty where there are. The first call compiles them."""
-    step = torch.tensor([[0.5], [0.25]], device=device)
-    x = torch.linspace(-4, 4, 2 * 4096, device=device).view(2, -1)  # eighths, sixteenths and ties are among them
-    grad = torch.linspace(-1, 2, 2 * 4096, device=device).view(2, -1)
     try:
+        step = torch.tensor([[0.5], [0.25]], device=device)
+        x = torch.linspace(-4, 4, 2 * 4096, device=device).view(2, -1)  # eighths, sixteenths and ties are among them
+        grad = torch.linspace(-1, 2, 2 * 4096, device=device).view(2, -1)
         for values, given, steps in ((x, grad, step), (x[:1], grad[:1], step[:1])):
             bounds = _bounds(-2, 5, steps)
             wanted = graph.lsq(values, steps, *bounds), *graph.lsq_backward(values, given, steps, *bounds, 0.5)

@@ -128,7 +128,7 @@ class Loop:
             self.folder if self.is_main else None, self.position, self.steps_per_epoch, self.settings.tensorboard
         )
         with self._display, self._records, self._profile:
-            for remark in remarks(self.settings, self.student, self.accelerator.device):
+            for remark in remarks(self.settings, self.student, self.accelerator.device, self.recipe):
                 self._display.say(remark)
             self._saver.start()
             for index in range(first, len(self.phases)):

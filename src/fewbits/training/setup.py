@@ -12,6 +12,7 @@ from torch import nn
 from ..data import Dataset
 from ..distill import Objective
 from ..quantizers import fused, native
+from ..recipes import Recipe
 from .compiling import compiled
 from .settings import Settings
 
@@ -55,7 +56,7 @@ def memory_format(settings: Settings, student: nn.Module) -> torch.memory_format
     return torch.channels_last if chosen else torch.contiguous_format
 
 
-def remarks(settings: Settings, student: nn.Module, device: torch.device) -> list[str]:
+def remarks(settings: Settings, student: nn.Module, device: torch.device, recipe: Recipe) -> list[str]:
     """What a person should know of the way that a run computes, where the settings did not say it."""
     found = []
     if settings.channels_last is None and memory_format(settings, student) == torch.channels_last:
@@ -66,6 +67,9 @@ def remarks(settings: Settings, student: nn.Module, device: torch.device) -> lis
         found.append("this processor computes bf16 in float32: it may be slower than --precision fp32")
     if settings.shard and (not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1):
         found.append("one process takes part: shard has nothing to split; start several with torchrun")
+    is_asked = any(phase.routing != "teacher_input" for phase in recipe.phases())
+    if settings.teacher_precision == "bf16" and not (recipe.has_steady_teacher and is_asked):
+        found.append(f"recipe {recipe.name!r} asks no frozen teacher for answers: teacher_precision changes nothing")
     missing = native.reason() if device.type == "cpu" else fused.reason(device) if device.type in fused.DEVICES else ""
     if missing:
         found.append(f"quantizers are computed by PyTorch's operators, which is slower: {missing.splitlines()[0]}")
