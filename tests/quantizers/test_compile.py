@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbits.quantizers import METHODS, Quantizer, QuantSpec, build
+from fewbits.quantizers import METHODS, Quantizer, QuantSpec, build, graph, inductor
+from fewbits.quantizers.lsq import lsq
 
 # torch.compile itself makes an object of torch.autograd.Function when it traces one.
 pytestmark = pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
@@ -44,6 +45,50 @@ def run(function: Callable[[Tensor], Tensor], quantizer: nn.Module, x: Tensor, g
     assert x.grad is not None
     grads = {name: p.grad.clone() for name, p in quantizer.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": x.grad, **grads}
+
+
+class Product(nn.Module):
+    """An activation and a weight, each with its quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation = build(QuantSpec("lsq", 4, "activation"), 16, -1)
+        self.weights = build(QuantSpec("lsq", 4, "weight", "channel"), 16, 0)
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x) @ self.weights(self.weight)
+
+
+@pytest.mark.slow
+def test_sizes_that_are_not_known():
+    product = Product()
+    compiled = torch.compile(product, dynamic=True)
+    for size in (8, 5):
+        x = torch.randn(size, 16)
+        plain, traced = (run(function, product, x, torch.ones(size, 16)) for function in (product, compiled))
+        for name in plain:
+            torch.testing.assert_close(traced[name], plain[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_a_step_for_each_value():
+    x, step, grad = torch.randn(3), torch.rand(3) + 0.1, torch.randn(3)
+
+    def taken(function: Callable[..., Tensor]) -> list[Tensor]:
+        given = x.clone().requires_grad_(), step.clone().requires_grad_()
+        return list(torch.autograd.grad(function(*given, -2, 1), given, grad))
+
+    for one, other in zip(taken(lsq), taken(torch.compile(lsq)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_seen_outside_of_the_range_too():
+    x, grad = torch.tensor([-9.0, 0.1, 0.2, 9.0]), torch.tensor([float("inf"), 1.0, 1.0, float("nan")])
+    quantizer = build(QuantSpec("lsq", 2, "activation"), 4, 0)
+    found = run(torch.compile(quantizer), quantizer, x, grad)
+    assert found["x"].isnan().tolist() == [True, False, False, True]
 
 
 class Counter:
@@ -139,3 +184,8 @@ def test_inductor_gives_the_same_numbers():
         torch.testing.assert_close(a_in.grad, b_in.grad, rtol=1e-6, atol=1e-6, msg=kind)
     for name, grad in plain_learned.items():
         torch.testing.assert_close(grad, traced_learned[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_another_version_of_the_loops_is_another_operator():
+    """A cache of compiled graphs on disk knows operators by their names."""
+    assert all(inductor.DIGEST in str(operator) for operator in (graph.LSQ, graph.LSQ_BACKWARD))

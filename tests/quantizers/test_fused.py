@@ -94,6 +94,22 @@ def test_a_gradient_s_gradient_behind_a_gate():
     assert torch.autograd.grad(grad.square().sum(), step)[0] != 0
 
 
+def test_what_a_run_does_in_turn_compiles_little():
+    """Training in bf16, evaluation without gradients, in float32 and back."""
+    assert fused.reason(torch.device("cpu")) == ""
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    x, step = torch.randn(2, 3, 8, 8), torch.tensor(0.3, requires_grad=True)
+    for _ in range(2):
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                lsq(x, step, 0, 3).sum().backward()
+                with torch.no_grad():
+                    lsq(x, step, 0, 3)
+                with torch.inference_mode():
+                    lsq(x.clone(), step, 0, 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= before + 1  # inference mode's
+
+
 def test_bfloat16_is_computed_in_float32():
     x, step = torch.randn(2, 3, 8, 8).bfloat16(), torch.tensor(0.3)
     y = fused.lsq(x, step, -8, 7)

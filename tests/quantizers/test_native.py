@@ -185,6 +185,36 @@ def test_a_trace_by_dispatch_sees_operators():
 
 
 @needs_native
+def test_a_trace_before_dispatch_sees_operators():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(3, 4)
+    traced = make_fx(lambda v: lsq(v, torch.tensor(0.3), -2, 1), pre_dispatch=True)(x)
+    assert torch.equal(traced(2 * x), lsq(2 * x, torch.tensor(0.3), -2, 1))
+
+
+@needs_native
+@pytest.mark.parametrize("function", [lambda x, s: lsq(x, s, -2, 3), lambda x, s: sign_ste(x) * s], ids=["lsq", "sign"])
+def test_many_gradients_at_once(function: Callable[[Tensor, Tensor], Tensor]):
+    x, step = torch.randn(4, 5, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    y, grads = function(x, step), torch.randn(3, 4, 5)
+    found = torch.autograd.grad(y, (x, step), grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, (x, step), grad, retain_graph=True) for grad in grads]
+    for one, others in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(others))
+
+
+def test_the_gradient_s_gradient_of_a_step_alone():
+    """In tensors large enough for tiles, of which a graph cannot be made."""
+    x, step = torch.randn(2, 3, 300, 300), torch.tensor(0.3, requires_grad=True)
+    y = lsq(x, step, -2, 3)
+    grad = torch.ones_like(y, requires_grad=True)
+    (of_step,) = torch.autograd.grad(y, step, grad, create_graph=True)
+    (again,) = torch.autograd.grad(of_step, grad)
+    assert again.shape == x.shape
+
+
+@needs_native
 @pytest.mark.parametrize(
     ("shape", "step_shape"),
     [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
-from .native import Bound, dense
+from .native import Bound, dense, is_traced
 from .tiles import laid_like
 
 DEVICES = ("cuda", "xpu")
@@ -26,10 +26,10 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
     if x.device.type not in DEVICES or torch.compiler.is_compiling():
         return False
     are_plain = all(type(each) in (Tensor, nn.Parameter) and not each.is_neg() for each in (x, *parameters))
+    are_here = all(each.device == x.device for each in parameters)
     are_known = x.dtype in graph.TYPES and all(each.dtype == torch.float32 for each in parameters)
-    is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
     are_several = all(x.numel() > each.numel() for each in parameters)  # one value a step would be a graph of its own
-    return are_plain and are_known and are_several and not is_traced and not reason(x.device)
+    return are_plain and are_here and are_known and are_several and not is_traced() and not reason(x.device)
 
 
 @cache
@@ -50,14 +50,16 @@ def reason(device: torch.device) -> str:
     return ""
 
 
-@torch.no_grad()  # the compiler distinguishes that, too
+@torch.no_grad()
 def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None) -> Tensor:
     """LSQ forward, see ``graph.lsq``; ``step`` is one, or one for each index of the first dimension.
 
     Nothing waits for the device: bounds and gate are read where they lie.
     """
     x, y = dense(x, torch.float32)
-    made = _compiled(graph.lsq)(_grouped(x, step), _grouped(step.contiguous(), step), *_bounds(low, high, step), gate)
+    given = _grouped(x, step), _grouped(step.contiguous(), step)
+    with torch.autocast(x.device.type, enabled=False):  # which the compiler distinguishes, like gradient modes
+        made = _compiled(graph.lsq)(*given, *_bounds(low, high, step), gate)
     return made.as_strided(y.shape, y.stride())
 
 
@@ -68,13 +70,14 @@ def lsq_backward(
     """The gradients of ``x`` and ``step``, see ``graph.lsq_backward``."""
     x, grad_x = dense(x)
     given = (_grouped(x, step), _grouped(laid_like(grad.resolve_neg(), x), step), _grouped(step.contiguous(), step))
-    scale = _scalar(gradient_scale, step)
-    made, grad_step = _compiled(graph.lsq_backward)(*given, *_bounds(low, high, step), scale, gate)
-    return made.as_strided(grad_x.shape, grad_x.stride()), grad_step.view(step.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        made, grad_step = _compiled(graph.lsq_backward)(*given, *_bounds(low, high, step), 1.0, gate)
+    return made.as_strided(grad_x.shape, grad_x.stride()), grad_step.view(step.shape) * gradient_scale
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # Without fullgraph: whatever could make it compile again and again makes it slow in the end, not fail.
     return torch.compile(function, dynamic=True, options=graph.OPTIONS)
 

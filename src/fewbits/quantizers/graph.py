@@ -1,4 +1,4 @@
-"""LSQ as one operator of a compiled graph, ``fewbits::lsq``, on any device.
+"""LSQ as one operator of a compiled graph, ``fewbits::lsq_...``, on any device.
 
 A compiler sees arithmetic and cannot tell what quantizes: as an operator it can be found again, and be computed a
 second time where its result would have to be kept (training/compiling.py, which also says how it fuses).
@@ -17,6 +17,13 @@ from .rounding import SMALLEST_STEP
 
 TYPES = (torch.float32, torch.bfloat16)
 """Of values; they are computed in float32."""
+
+_FORWARD, _BACKWARD = (f"fewbits::{name}_{inductor.DIGEST}" for name in ("lsq", "lsq_backward"))
+_GIVEN = "Tensor step, Tensor low, Tensor high"
+torch.library.define(_FORWARD, f"(Tensor x, {_GIVEN}, Tensor? gate) -> Tensor")
+torch.library.define(_BACKWARD, f"(Tensor x, Tensor grad, {_GIVEN}, float scale, Tensor? gate) -> (Tensor, Tensor)")
+LSQ, LSQ_BACKWARD = (getattr(torch.ops.fewbits, name.split("::")[1]).default for name in (_FORWARD, _BACKWARD))
+"""The operators."""
 
 OPTIONS: dict[str, Any] = {"eager_numerics.division_rounding": True}
 """What a compiler must be told: a GPU's fast division is not the rounding rule's."""
@@ -45,7 +52,8 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = 
     Returns:
         float32, of the shape of ``x``.
     """
-    return torch.ops.fewbits.lsq(x, step, _tensor(low, step), _tensor(high, step), gate)
+    y: Tensor = LSQ(x, step, _tensor(low, step), _tensor(high, step), gate)
+    return y
 
 
 def lsq_backward(
@@ -58,52 +66,50 @@ def lsq_backward(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``x``, in its type, and of ``step``; zeros for ``step`` behind a closed gate."""
-    grad_x, grad_step = torch.ops.fewbits.lsq_backward(x, grad, step, _tensor(low, step), _tensor(high, step), gate)
-    grad_step = grad_step * gradient_scale
-    # A descent step subtracts it: at the floor only what raises the step passes, see ``rounding.positive``.
-    grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
-    return grad_x, grad_step if gate is None else torch.where(gate, grad_step, 0.0)
+    bounds = _tensor(low, step), _tensor(high, step)
+    grad_x, grad_step = LSQ_BACKWARD(x, grad, step, *bounds, gradient_scale, gate)
+    return grad_x, grad_step
 
 
 def _tensor(bound: Bound, like: Tensor) -> Tensor:
     return bound if isinstance(bound, Tensor) else torch.full((), float(bound), device=like.device)
 
 
-torch.library.define("fewbits::lsq", "(Tensor x, Tensor step, Tensor low, Tensor high, Tensor? gate) -> Tensor")
-torch.library.define(
-    "fewbits::lsq_backward",
-    "(Tensor x, Tensor grad, Tensor step, Tensor low, Tensor high, Tensor? gate) -> (Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("fewbits::lsq")  # type: ignore[untyped-decorator]
+@torch.library.register_fake(_FORWARD)  # type: ignore[untyped-decorator]
 def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> Tensor:
-    inductor.write_into_loops()  # whoever traces a graph with it is going to compile it
+    inductor.write_into_loops(LSQ, LSQ_BACKWARD)  # whoever traces a graph with it is going to compile it
     return torch.empty_like(x, dtype=torch.float32)
 
 
-@torch.library.register_fake("fewbits::lsq_backward")  # type: ignore[untyped-decorator]
-def _(x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake(_BACKWARD)  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor, scale: float, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(step, memory_format=torch.contiguous_format)
 
 
 # For other compilers than Inductor, which writes both into its loops (inductor.py).
 
 
-@torch.library.impl("fewbits::lsq", "CompositeExplicitAutograd")
+@torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> Tensor:
     step = step.clamp(min=SMALLEST_STEP)
     y = (x.float() / step).round().clamp(low, high) * step
     return y if gate is None else torch.where(gate, y, x)
 
 
-@torch.library.impl("fewbits::lsq_backward", "CompositeExplicitAutograd")
-def _(x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+@torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")
+def _(
+    x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor, scale: float, gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
     scaled = x.float() / step.clamp(min=SMALLEST_STEP)
     clipped = scaled.clamp(low, high)
     inside, codes = scaled == clipped, clipped.round()
     share = grad * torch.where(inside, codes - scaled, codes)
-    grad_x = torch.where(inside, grad, 0.0)
+    grad_x = grad * inside
+    # A descent step subtracts it: at the floor only what raises the step passes, see ``rounding.positive``.
+    grad_step = share.sum_to_size(step.shape) * scale
+    grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
     if gate is not None:
-        grad_x = torch.where(gate, grad_x, grad)
-    return torch.empty_like(x).copy_(grad_x), share.sum_to_size(step.shape)
+        grad_x, grad_step = torch.where(gate, grad_x, grad), torch.where(gate, grad_step, 0.0)
+    return torch.empty_like(x).copy_(grad_x), grad_step

@@ -1,21 +1,27 @@
-"""What Inductor, the compiler behind ``torch.compile``, makes of ``fewbits::lsq`` and its gradients: loops of its own.
+"""What Inductor, the compiler behind ``torch.compile``, makes of the operators of graph.py: loops of its own.
 
 Both are expressions of single elements, and one sum, that it can write into the loops before and behind them.
 """
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .rounding import SMALLEST_STEP
 
+DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+"""Belongs into the operators' names, which are part of the key under which compiled graphs are kept on disk: another
+version of this file must not find them."""
+
 
 @cache
-def write_into_loops() -> None:
-    """Tell the compiler, once for the process."""
+def write_into_loops(lsq: Any, lsq_backward: Any) -> None:
+    """Tell the compiler of graph.py's operators, once for the process."""
     from torch._inductor import lowering
 
     aten, convert, ways = torch.ops.aten, torch.ops.prims.convert_element_type.default, lowering.lowerings
@@ -27,13 +33,13 @@ def write_into_loops() -> None:
     def clipped(x: Any, low: Any, high: Any) -> Any:
         return ways[aten.minimum.default](ways[aten.maximum.default](x, low), high)
 
-    def lsq(x: Any, step: Any, low: Any, high: Any, gate: Any) -> Any:
+    def forward(x: Any, step: Any, low: Any, high: Any, gate: Any) -> Any:
         _settle_layouts(x)
         values, positive = scaled(x, step)
         y = ways[aten.mul.Tensor](clipped(ways[aten.round.default](values), low, high), positive)
         return y if gate is None else ways[aten.where.self](gate, y, ways[convert](x, torch.float32))
 
-    def lsq_backward(x: Any, grad: Any, step: Any, low: Any, high: Any, gate: Any) -> tuple[Any, Any]:
+    def backward(x: Any, grad: Any, step: Any, low: Any, high: Any, scale: Any, gate: Any) -> tuple[Any, Any]:
         _settle_layouts(x, grad)
         values, _ = scaled(x, step)
         bounded = clipped(values, low, high)
@@ -41,16 +47,20 @@ def write_into_loops() -> None:
         slope = ways[aten.where.self](inside, ways[aten.sub.Tensor](codes, values), codes)
         share = ways[aten.mul.Tensor](grad, slope)
         shared = [1] * (len(x.get_size()) - len(step.get_size())) + [*step.get_size()]
-        sums = ways[aten.sum.dim_IntList](share, [dim for dim, size in enumerate(shared) if size == 1], True)
-        grad_step = ways[aten.view.default](sums, [*step.get_size()])
+        dims = [dim for dim, size in enumerate(shared) if size == 1]
+        sums = ways[aten.sum.dim_IntList](share, dims, True) if dims else share
+        grad_step = ways[aten.mul.Tensor](ways[aten.view.default](sums, [*step.get_size()]), scale)
         zero = ways[aten.full.default]([], 0.0, dtype=torch.float32, device=grad.get_device())
-        grad_x = ways[aten.where.self](inside, grad, zero)
+        is_above = ways[aten.gt.Scalar](step, SMALLEST_STEP)
+        grad_step = ways[aten.where.self](is_above, grad_step, ways[aten.minimum.default](grad_step, zero))
+        # A product: a gradient that is not finite stays so, and is seen.
+        grad_x = ways[aten.mul.Tensor](grad, ways[convert](inside, torch.float32))
         if gate is not None:
-            grad_x = ways[aten.where.self](gate, grad_x, grad)
+            grad_x, grad_step = ways[aten.where.self](gate, grad_x, grad), ways[aten.where.self](gate, grad_step, zero)
         return ways[convert](grad_x, x.get_dtype()), grad_step
 
-    for operator, way in ((torch.ops.fewbits.lsq, lsq), (torch.ops.fewbits.lsq_backward, lsq_backward)):
-        lowering.register_lowering(operator.default, type_promotion_kind=None)(way)
+    for operator, way in ((lsq, forward), (lsq_backward, backward)):
+        lowering.register_lowering(operator, type_promotion_kind=None)(way)
 
 
 def _settle_layouts(*tensors: Any) -> None:

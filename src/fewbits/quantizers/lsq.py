@@ -59,10 +59,10 @@ class _InOnePass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, step, gate, *bounds = ctx.saved_tensors
         grad, (low, high), scale = grads[0], bounds or ctx.bounds, ctx.gradient_scale
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or not native.is_in_memory(grad)):
             found = _way(x).lsq_backward(x, grad, step, low, high, scale, *_given(gate))
             return *found, None, None, None, None
-        # Somebody wants the gradient's gradient, which operators have.
+        # Somebody wants the gradient's gradient, or many gradients at once, which operators have.
         grad_x, grad_step = _by_operators(x, grad, positive(step), (low, high), scale)
         grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
         if gate is not None:
@@ -109,8 +109,8 @@ def _gradients(
 
 
 def _elementwise(step: Tensor, function: Elementwise, num_results: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """In tiles, where one step serves all elements."""
-    if step.ndim:
+    """In tiles, where one step serves all elements and nobody wants its gradient from them."""
+    if step.ndim or (torch.is_grad_enabled() and step.requires_grad):
         laid = tensors if torch.compiler.is_compiling() else [laid_like(tensor, tensors[0]) for tensor in tensors]
         return function(*laid, *[None] * num_results)
     return in_tiles(function, num_results, *tensors)

@@ -55,8 +55,18 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
         return False
     # Fakes have no memory to pass over, and what traces by dispatch must see operators.
     are_plain = all(type(each) in (Tensor, nn.Parameter) and not each.is_neg() for each in (x, *parameters))
-    is_traced = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
-    return are_plain and not is_traced and is_available()
+    return are_plain and not is_traced() and is_available()
+
+
+def is_in_memory(grad: Tensor) -> bool:
+    """Whether it is one gradient with values of its own, not many at once (``is_grads_batched``)."""
+    return torch._C._has_storage(grad)
+
+
+def is_traced() -> bool:
+    """Whether somebody other than the compiler looks on, who must see operators."""
+    stacks = torch._C._len_torch_dispatch_stack(), torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    return torch.jit.is_tracing() or any(stacks)  # type: ignore[attr-defined]
 
 
 def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:

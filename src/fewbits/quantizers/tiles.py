@@ -39,7 +39,8 @@ def in_tiles(function: Elementwise, num_results: int, *tensors: Tensor) -> tuple
     ([[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]], torch.Size([2, 3]))
     """
     like = tensors[0]
-    layout = _cuttable(like)
+    needs_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    layout = None if needs_graph else _cuttable(like)
     if layout is None:
         others = tensors[1:] if torch.compiler.is_compiling() else [laid_like(tensor, like) for tensor in tensors[1:]]
         return function(like, *others, *[None] * num_results)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..quantizers import graph, inductor
+from ..quantizers import graph
 
 
 def compiled(objective: Any) -> Any:
@@ -37,15 +37,14 @@ def _quantize_again() -> Any:
     from torch.utils.checkpoint import CheckpointPolicy
 
     class QuantizeAgain(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            for node in graph.nodes:
-                if node.target is torch.ops.fewbits.lsq.default:
+        def __call__(self, joint: fx.Graph) -> None:
+            for node in joint.nodes:
+                if node.target is graph.LSQ:
                     # One region for all of them: at a border between two, a value would be kept after all.
                     node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 0}
 
         def uuid(self) -> str:
-            # Part of the key of compiled graphs on disk, which hold what these files told the compiler.
-            told = (Path(each).read_bytes() for each in (__file__, inductor.__file__))
-            return hashlib.sha256(b"".join(told)).hexdigest()
+            # Part of the key of compiled graphs on disk, which hold what this file told the compiler.
+            return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     return QuantizeAgain()
