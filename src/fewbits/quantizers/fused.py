@@ -40,8 +40,7 @@ def reason(device: torch.device) -> str:
         x = torch.linspace(-4, 4, 2 * 4096, device=device).view(2, -1)  # eighths, sixteenths and ties are among them
         grad = torch.linspace(-1, 2, 2 * 4096, device=device).view(2, -1)
         for values, given, steps in ((x, grad, step), (x[:1], grad[:1], step[:1])):
-            bounds = _bounds(-2, 5, steps)
-            wanted = graph.lsq(values, steps, *bounds), *graph.lsq_backward(values, given, steps, *bounds, 0.5)
+            wanted = graph.lsq(values, steps, -2, 5), *graph.lsq_backward(values, given, steps, -2, 5, 0.5)
             found = lsq(values, steps, -2, 5), *lsq_backward(values, given, steps, -2, 5, 0.5)
             for one, other in zip(found, wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -54,12 +53,12 @@ def reason(device: torch.device) -> str:
 def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None) -> Tensor:
     """LSQ forward, see ``graph.lsq``; ``step`` is one, or one for each index of the first dimension.
 
-    Nothing waits for the device: bounds and gate are read where they lie.
+    Nothing waits for the device: bounds and gate are read where they lie, and new bits compile nothing.
     """
     x, y = dense(x, torch.float32)
     given = _grouped(x, step), _grouped(step.contiguous(), step)
     with torch.autocast(x.device.type, enabled=False):  # which the compiler distinguishes, like gradient modes
-        made = _compiled(graph.lsq)(*given, *_bounds(low, high, step), gate)
+        made = _compiled(graph.lsq)(*given, *graph.bounds_for(step, low, high), gate)
     return made.as_strided(y.shape, y.stride())
 
 
@@ -71,7 +70,7 @@ def lsq_backward(
     x, grad_x = dense(x)
     given = (_grouped(x, step), _grouped(laid_like(grad.resolve_neg(), x), step), _grouped(step.contiguous(), step))
     with torch.autocast(x.device.type, enabled=False):
-        made, grad_step = _compiled(graph.lsq_backward)(*given, *_bounds(low, high, step), 1.0, gate)
+        made, grad_step = _compiled(graph.lsq_backward)(*given, *graph.bounds_for(step, low, high), 1.0, gate)
     return made.as_strided(grad_x.shape, grad_x.stride()), grad_step.view(step.shape) * gradient_scale
 
 
@@ -91,12 +90,3 @@ def _grouped(x: Tensor, step: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(
         x.untyped_storage(), x.storage_offset(), shape, (shape[1], 1)
     )
-
-
-def _bounds(low: Bound, high: Bound, step: Tensor) -> tuple[Tensor, Tensor]:
-    """On the device, where a graph reads them: new bits compile nothing."""
-    return _scalar(low, step), _scalar(high, step)
-
-
-def _scalar(number: Bound | float, like: Tensor) -> Tensor:
-    return number if isinstance(number, Tensor) else torch.full((), float(number), device=like.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import inductor
 from .native import Bound
-from .rounding import SMALLEST_STEP
+from .rounding import SMALLEST_STEP, to_codes
 
 TYPES = (torch.float32, torch.bfloat16)
 """Of values; they are computed in float32."""
@@ -52,27 +52,25 @@ def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = 
     Returns:
         float32, of the shape of ``x``.
     """
-    y: Tensor = LSQ(x, step, _tensor(low, step), _tensor(high, step), gate)
+    y: Tensor = LSQ(x, step, *bounds_for(step, low, high), gate)
     return y
 
 
 def lsq_backward(
-    x: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    low: Bound,
-    high: Bound,
-    gradient_scale: float | Tensor,
-    gate: Tensor | None = None,
+    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``x``, in its type, and of ``step``; zeros for ``step`` behind a closed gate."""
-    bounds = _tensor(low, step), _tensor(high, step)
-    grad_x, grad_step = LSQ_BACKWARD(x, grad, step, *bounds, gradient_scale, gate)
+    grad_x, grad_step = LSQ_BACKWARD(x, grad, step, *bounds_for(step, low, high), gradient_scale, gate)
     return grad_x, grad_step
 
 
-def _tensor(bound: Bound, like: Tensor) -> Tensor:
-    return bound if isinstance(bound, Tensor) else torch.full((), float(bound), device=like.device)
+def bounds_for(step: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
+    """0-d, on the device of ``step``, where a graph reads them."""
+    given = (low, high)
+    first, last = (
+        bound if isinstance(bound, Tensor) else torch.full((), float(bound), device=step.device) for bound in given
+    )
+    return first, last
 
 
 @torch.library.register_fake(_FORWARD)  # type: ignore[untyped-decorator]
@@ -94,7 +92,7 @@ def _(
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
 def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> Tensor:
     step = step.clamp(min=SMALLEST_STEP)
-    y = (x.float() / step).round().clamp(low, high) * step
+    y = to_codes(x.float(), step, low, high) * step
     return y if gate is None else torch.where(gate, y, x)
 
 

@@ -59,7 +59,7 @@ class _InOnePass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x, step, gate, *bounds = ctx.saved_tensors
         grad, (low, high), scale = grads[0], bounds or ctx.bounds, ctx.gradient_scale
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or not native.is_in_memory(grad)):
+        if torch.compiler.is_compiling() or native.takes_gradient(grad):
             found = _way(x).lsq_backward(x, grad, step, low, high, scale, *_given(gate))
             return *found, None, None, None, None
         # Somebody wants the gradient's gradient, or many gradients at once, which operators have.

@@ -58,9 +58,9 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
     return are_plain and not is_traced() and is_available()
 
 
-def is_in_memory(grad: Tensor) -> bool:
-    """Whether it is one gradient with values of its own, not many at once (``is_grads_batched``)."""
-    return torch._C._has_storage(grad)
+def takes_gradient(grad: Tensor) -> bool:
+    """Whether it has values of its own (``is_grads_batched`` passes many at once) and nobody wants its gradient."""
+    return torch._C._has_storage(grad) and not torch.is_grad_enabled()
 
 
 def is_traced() -> bool:

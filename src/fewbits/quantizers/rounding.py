@@ -118,8 +118,8 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        # With a graph of its own, for a gradient's gradient, it goes by operators.
-        if ctx.native and not (torch.is_grad_enabled() or not native.is_in_memory(grads[0])):
+        # Else by operators.
+        if ctx.native and native.takes_gradient(grads[0]):
             return native.sign_backward(x, grads[0], ctx.slope, ctx.clip), None, None
         slope = _SLOPES[ctx.slope]
         (grad,) = in_tiles(lambda v, g, out: (torch.mul(g, slope(v, ctx.clip), out=out),), 1, x, grads[0])
