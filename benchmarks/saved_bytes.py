@@ -1,37 +1,35 @@
-r"""What a training step has to keep in memory, counted: tensors that autograd saves between forward and backward.
+r"""What a training step keeps in memory between forward and backward, counted.
 
-Counts do not depend on the machine: they say what a GPU needs for a batch, before anybody has one. Storage that several
-operators share counts once; parameters do not count. bf16 is autocast's.
+Counts do not depend on the machine: they say what a GPU needs for a batch, before anybody has one. Parameters do not
+count. bf16 is autocast's. Eager code, as ``fit`` runs it, and as it runs with ``--no-recompute``.
 
     python benchmarks/saved_bytes.py
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 import fewbits as fb
+from fewbits.quantizers.again import QuantizingAgain
 
 NETWORKS = {"timm:resnet18": 1000, "timm:resnet50": 1000, "timm:vit_tiny_patch16_224": 1000}
-SIZE, IMAGES = 224, 2
+SIZE, IMAGES = 224, 8
 
 
-def saved_bytes(objective: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool) -> int:
-    """Bytes that the forward pass keeps for the backward pass."""
-    seen: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+def saved_bytes(objective: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool, recompute: bool) -> int:
+    """Bytes that a forward pass leaves taken."""
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        QuantizingAgain() if recompute else nullcontext(),
+    ):
         total = objective(images, labels).total
-    kept = sum(seen.values())
+    kept = sum(event.self_cpu_memory_usage for event in profiler.events())
     del total
     return kept
 
@@ -49,11 +47,13 @@ def main() -> None:
             "4/4": (fb.quantize(model, 4, 4), "plain"),
             "4/4, shortcuts float": (fb.quantize(model, 4, 4, residual=None), "plain"),
             "4/4 under a teacher": (fb.quantize(model, 4, 4), "logits"),
+            "4/4, nothing recomputed": (fb.quantize(model, 4, 4), "plain"),
         }
         for step, (student, recipe) in students.items():
             teacher = fb.models.build(name, num_classes=classes, image_size=SIZE) if recipe == "logits" else None
             objective = fb.recipes.make(recipe).objective(student, teacher, batches=[images])
-            kept = [saved_bytes(objective, images, labels, bf16=bf16) / IMAGES for bf16 in (False, True)]
+            ways = {"recompute": "nothing" not in step}
+            kept = [saved_bytes(objective, images, labels, bf16=bf16, **ways) / IMAGES for bf16 in (False, True)]
             objective.close()
             print(f"| {name} | {count:,} | {step} | {kept[0] / 1e6:.1f} | {kept[1] / 1e6:.1f} |", flush=True)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from .quantizers import Quantizer, QuantSpec, build
+from .quantizers.again import keeping_input
 from .quantizers.ewgs import EWGSWeight
 
 
@@ -24,8 +23,6 @@ class QuantLayer(nn.Module):
     bias: Tensor | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
-    recompute: bool = False
-    """Whether the backward pass quantizes the input anew; see ``recomputing``."""
     quantized_weight: Tensor | None = None
     """The quantized weight, where a step has made it already for several micro-batches."""
 
@@ -57,20 +54,16 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The float layer on the quantized input and weight; shapes as in the float layer."""
-        given = x
         if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        weight = self._weight()
-        # A compiled graph decides for itself what it keeps.
-        if not self.recompute or self.input_quantizer is None or torch.compiler.is_compiling():
-            return self._apply_weight(x, weight)
-        with saved_tensors_hooks(*_kept_as(given, x, self.input_quantizer)):
-            return self._apply_weight(x, weight)
+            x = keeping_input(self.input_quantizer, x, is_cast=True)
+        return self._apply_weight(x, self._weight())
 
     def _weight(self) -> Tensor:
         if self.weight_quantizer is None:
             return self.weight
-        return self.weight_quantizer(self.weight) if self.quantized_weight is None else self.quantized_weight
+        if self.quantized_weight is not None:
+            return self.quantized_weight
+        return keeping_input(self.weight_quantizer, self.weight, is_cast=True)
 
     @torch.no_grad()
     def calibrate_weight(self) -> None:
@@ -96,41 +89,6 @@ class QuantLayer(nn.Module):
         if self.bias is None:
             return output
         return output - (self.bias.view(-1, 1, 1) if self._input_channels()[0] == 1 else self.bias)
-
-
-def _kept_as(
-    x: Tensor, quantized: Tensor, quantizer: Quantizer
-) -> tuple[Callable[[Tensor], Tensor | torch.Size], Callable[[Tensor | torch.Size], Tensor]]:
-    """Hooks that keep ``x``, which the quantizer's own backward pass keeps anyway, in place of ``quantized``."""
-    x, place, stride, shape = x.detach(), quantized.data_ptr(), quantized.stride(), quantized.shape
-
-    def pack(tensor: Tensor) -> Tensor | torch.Size:
-        is_it = tensor.shape == shape and tensor.stride() == stride
-        is_view = tensor.numel() == shape.numel() and tensor.is_contiguous() and x.is_contiguous()
-        return tensor.shape if tensor.data_ptr() == place and (is_it or is_view) else tensor
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return quantizer(x).view(kept)
-
-    return pack, unpack
-
-
-def recomputing(model: nn.Module, on: bool = True) -> None:
-    """Let the quantized layers of ``model`` keep less between forward and backward, for another pass of each quantizer.
-
-    A layer keeps its quantized input for the gradient of its weight, beside the input itself, which the quantizer keeps
-    for its own. With this it keeps the input alone and quantizes it again: the same values, bit for bit.
-
-    Args:
-        model: changed in place; anything but quantized layers is left alone.
-        on: False undoes it.
-    """
-    for module in model.modules():
-        if isinstance(module, QuantLayer):
-            module.recompute = on
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

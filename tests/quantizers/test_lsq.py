@@ -210,3 +210,21 @@ def test_unsigned_again_after_signed():
     assert quantizer.zero_point > 0
     quantizer.calibrate(torch.randn(2, 3).relu())
     assert quantizer.zero_point == 0
+
+
+@pytest.mark.parametrize("role", ["weight", "activation"])
+def test_half_precision_values_are_quantized_in_full_precision_and_kept_as_they_are(role: str):
+    x = torch.randn(8, 6, 5, 5).bfloat16()
+    quantizer = build(QuantSpec("lsq", 4, role), 8 if role == "weight" else 6, 0 if role == "weight" else 1)
+    quantizer.calibrate(x if role == "weight" else x.relu())
+    found = []
+    for values in (x.clone().requires_grad_(), x.float().requires_grad_()):
+        quantizer.zero_grad()
+        y = quantizer(values)
+        assert y.dtype == torch.float32
+        (gradient,) = torch.autograd.grad((y**2).sum(), values, retain_graph=True, create_graph=True)
+        y.square().sum().backward()
+        found.append([y, values.grad.bfloat16(), quantizer.step.grad, gradient.bfloat16()])
+        assert values.grad.dtype == values.dtype
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)

@@ -47,7 +47,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
 def test_a_run_without_a_first_step_leaves_its_folder_free(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Found: the next try was refused, "already holds a run"."""
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **named: object) -> None:
         raise RuntimeError("before the first step")
 
     with monkeypatch.context() as patch:

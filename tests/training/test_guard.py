@@ -69,8 +69,8 @@ def test_an_infinite_gradient_is_skipped_too(monkeypatch: pytest.MonkeyPatch):
     spy = Spy(monkeypatch)
     original = step_module.backward
 
-    def backward(accelerator: Any, model: nn.Module, *batch: Any) -> Any:
-        given = original(accelerator, model, *batch)
+    def backward(accelerator: Any, model: nn.Module, *batch: Any, **ways: Any) -> Any:
+        given = original(accelerator, model, *batch, **ways)
         if len(spy.states) == 2:
             next(p for p in model.parameters() if p.grad is not None).grad.flatten()[0] = torch.inf
         return given

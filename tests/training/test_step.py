@@ -1,17 +1,24 @@
-"""Clipping: each trained network by itself."""
+"""Clipping, each trained network by itself; and what a step keeps."""
 
+import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+import fewbits as fb
 from fewbits.convert import quantize
 from fewbits.distill import Objective
-from fewbits.recipes import Logits, Recipe
+from fewbits.quantizers.again import QuantizingAgain
+from fewbits.recipes import RECIPES, Logits, Recipe
 from fewbits.recipes.joint import Joint
-from fewbits.training.step import clip_gradients
+from fewbits.training import Settings
+from fewbits.training.setup import make_accelerator
+from fewbits.training.step import backward, clip_gradients
 
 
 def begun(recipe: Recipe) -> Objective:
@@ -47,3 +54,51 @@ def test_one_network():
     assert norm(made.networks.student) == pytest.approx(whole, rel=1e-5)
     clip_gradients(Accelerator(cpu=True), made, whole / 4)
     assert norm(made.networks.student) == pytest.approx(whole / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_quantizing_again_changes_no_bit_of_a_step(recipe: str, bf16: bool):
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    accelerator = make_accelerator(Settings(precision="bf16" if bf16 else "fp32", device="cpu"))
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        teacher = fb.models.build("resnet20", num_classes=10)
+        made, needs = fb.recipes.make(recipe), fb.recipes.make(recipe).teacher.needs_teacher
+        bits = 1 if recipe == "blockwise" else 4
+        student = teacher if recipe == "float" else fb.quantize(teacher, bits, bits, residual=None if bits == 1 else 8)
+        objective = made.objective(student, copy.deepcopy(teacher) if needs else None, batches=[images])
+        losses = backward(accelerator, objective, (images, labels), 2, recompute=again)
+        found.append([*losses.values(), *(p.grad for p in objective.parameters() if p.grad is not None)])
+        objective.close()
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def kept_bytes(objective: Objective, images: Tensor, labels: Tensor, bf16: bool, again: bool) -> int:
+    """What memory a forward pass leaves taken."""
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        QuantizingAgain() if again else nullcontext(),
+    ):
+        total = objective(images, labels).total
+    total.backward()
+    return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_low_bit_step_keeps_what_a_float_step_keeps(bf16: bool):
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    net = fb.models.build("resnet20", num_classes=10)
+    students = {"float": net, "shortcuts": fb.quantize(net, 4, 4, residual=None), "streams": fb.quantize(net, 4, 4)}
+    objectives = {
+        name: fb.recipes.make("float" if name == "float" else "plain").objective(student, None, batches=[images])
+        for name, student in students.items()
+    }
+    kept = {name: kept_bytes(made, images, labels, bf16, again=True) for name, made in objectives.items()}
+    assert kept["shortcuts"] <= 1.01 * kept["float"]
+    # What is added in a residual sum, for the gradient of its stream's step: one more of every four maps.
+    assert kept["streams"] <= (1.35 if bf16 else 1.26) * kept["float"]
+    assert kept_bytes(objectives["streams"], images, labels, bf16, again=False) > 1.6 * kept["streams"]

@@ -63,10 +63,11 @@ class _InOnePass(torch.autograd.Function):
             found = _way(x).lsq_backward(x, grad, step, low, high, scale, *_given(gate))
             return *found, None, None, None, None
         # Somebody wants the gradient's gradient, or many gradients at once, which operators have.
-        grad_x, grad_step = _by_operators(x, grad, positive(step), (low, high), scale)
+        grad_x, grad_step = _by_operators(x.float(), grad, positive(step), (low, high), scale)
         grad_step = torch.where(step > SMALLEST_STEP, grad_step, grad_step.clamp(max=0.0))
         if gate is not None:
             grad_x, grad_step = torch.where(gate, grad_x, grad), torch.where(gate, grad_step, 0.0)
+        grad_x = grad_x.to(x.dtype)
         return grad_x, grad_step, None, None, None, None
 
 
@@ -175,7 +176,9 @@ class _LSQ(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """See the base; eager code on a processor has read the gate, a compiled graph leaves it to the pass."""
         if self._reads_buffers():
-            return super().forward(x)
+            # Half-precision values as they are: widened, they would be kept at twice their size.
+            is_taken = x.dtype != torch.float32 and _fits_one_pass(x, self._grid(x)[0], 0, 1) and bool(self.enabled)
+            return self.fake_quantize(x) if is_taken else super().forward(x)
         step, low, high, gradient_scale = self._grid(x)
         if not _fits_one_pass(x, step, low, high):
             return super().forward(x)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from ..quantizers.again import keeping_input
 
 OUTPUT_STREAM = "output_stream"
 INPUT_STREAM = "input_stream"
@@ -23,9 +24,8 @@ def attach(module: nn.Module, side: Literal["input", "output"], quantizer: Quant
 
 
 def _quantize_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    quantized: Tensor = module.get_submodule(OUTPUT_STREAM)(output)
-    return quantized
+    return keeping_input(module.get_submodule(OUTPUT_STREAM), output)
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.get_submodule(INPUT_STREAM)(args[0]), *args[1:])
+    return (keeping_input(module.get_submodule(INPUT_STREAM), args[0]), *args[1:])

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..distill import Losses, Objective
-from ..layers import recomputing
+from ..quantizers.again import QuantizingAgain
 from .activations import CheckpointedBlocks
 from .bounds import bound_steps
 from .guard import StepGuard
@@ -47,7 +47,6 @@ class Stepper:
         bound_steps(self.optimizer, objective)
         self._objective, self._settings, self._accelerator = objective, settings, accelerator
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        recomputing(objective, settings.recompute)
         objective.teacher_dtype = torch.bfloat16 if settings.teacher_precision == "bf16" else None
         self._model = prepare(objective, settings, accelerator, is_shared)
 
@@ -85,7 +84,9 @@ class Stepper:
             group["lr"] = rate * lr_factor
         self.guard.remember()
         batch = (images, labels, *answers)
-        losses = backward(self._accelerator, self._model, batch, settings.accumulate, self.sharding)
+        losses = backward(
+            self._accelerator, self._model, batch, settings.accumulate, self.sharding, recompute=settings.recompute
+        )
         if self.blocks is not None:
             self.blocks.forget()
         norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
@@ -102,6 +103,8 @@ def backward(
     batch: tuple[Tensor, ...],
     num_parts: int,
     sharding: Sharding | None = None,
+    *,
+    recompute: bool = True,
 ) -> dict[str, Tensor]:
     """Gradients of one step, in micro-batches.
 
@@ -111,6 +114,7 @@ def backward(
         batch: images of this process, N x C x H x W, their labels, N, and the teacher's answers, if they are known.
         num_parts: micro-batches; it divides N.
         sharding: of the objective, if it is in shares.
+        recompute: quantize again in the backward pass instead of keeping what was quantized.
 
     Returns:
         The loss (``"loss"``) and its terms (``"loss/NAME"``), means over micro-batches and processes.
@@ -131,7 +135,7 @@ def backward(
             if sharding is not None:
                 sharding.synchronise(is_last)
             with nullcontext() if is_last else accelerator.no_sync(model):
-                with accelerator.autocast():
+                with accelerator.autocast(), QuantizingAgain() if recompute else nullcontext():
                     losses: Losses = model(images, labels, tuple(answers))
                 accelerator.backward(losses.total / num_parts)
             named = {"loss": losses.total.detach(), **{f"loss/{name}": v for name, v in losses.terms.items()}}

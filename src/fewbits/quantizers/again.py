@@ -1,0 +1,174 @@
+"""Quantizing again in the backward pass, instead of keeping what the forward pass quantized.
+
+A convolution keeps its quantized input for the gradient of its weight, beside the input itself, which the quantizer
+keeps for its own. The one is made of the other in a pass over memory: half of what a step keeps is not needed. The same
+goes for quantized weights, and for a stream's values that the quantizer of a layer reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class QuantizingAgain:
+    """Within it, autograd keeps what a quantizer took in place of what it gave, wherever ``keeping_input`` was called.
+
+    For one forward pass of eager code; the backward pass may come later. Values and gradients are the same, bit for
+    bit. A value that is changed in place between the two is an error, as it is without.
+
+    >>> x, weight = torch.tensor([-0.2, 1.4]).requires_grad_(), torch.ones(2).requires_grad_()
+    >>> with QuantizingAgain():
+    ...     y = keeping_input(nn.ReLU(), x) * weight
+    >>> y.sum().backward()
+    >>> weight.grad.tolist()
+    [0.0, 1.399999976158142]
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, _Made] = {}
+        self._contexts = ExitStack()
+
+    def __enter__(self) -> Self:
+        _active.append(self)
+        self._contexts.enter_context(saved_tensors_hooks(self._keep, lambda kept: kept.value()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._contexts.close()
+        _active.remove(self)
+        self._made.clear()
+
+    def remember(self, forward: Forward, x: Tensor, y: Tensor) -> None:
+        """``y`` is ``forward(x)``."""
+        place = _place(y)
+        if place is None or place == _place(x):
+            return
+        # Whoever lets go of y lets go of x: in a checkpointed block nobody else keeps it.
+        forgotten = weakref.ref(y, lambda _: self._made.pop(place, None))
+        self._made[place] = _Made(forgotten, y._version, forward, self._keep(x.detach()), _autocast(y.device.type))
+
+    def _keep(self, tensor: Tensor) -> _Whole | _Again:
+        place = _place(tensor)
+        made = None if place is None else self._made.get(place)
+        y = None if made is None else made.y()
+        # What was changed in place since is no longer what the quantizer gave.
+        if made is None or y is None or y._version != made.version or tensor.dtype != y.dtype:
+            return _Whole(tensor, tensor._version)
+        return _Again(made, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def keeping_input(quantizer: nn.Module, x: Tensor, *, is_cast: bool = False) -> Tensor:
+    """``quantizer(x)``, which the backward pass may do again; see ``QuantizingAgain``.
+
+    Args:
+        quantizer: its forward gives the same values each time, and does nothing else.
+        x: any shape.
+        is_cast: whether the result goes into one of the operators, a convolution say, that work in the lower precision
+            of autocast; the cast is then part of what is done again.
+    """
+    y: Tensor = quantizer(x)
+    if torch.compiler.is_compiling() or not _active or not torch.is_grad_enabled():
+        return y
+    # A tap keeps what it saw anyway, and must not see it twice; another hook may have changed it.
+    if quantizer._forward_hooks or quantizer._forward_pre_hooks:
+        return y
+    forward: Forward = quantizer.forward
+    if is_cast and y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type):
+        dtype, y = torch.get_autocast_dtype(y.device.type), y.to(torch.get_autocast_dtype(y.device.type))
+        forward = functools.partial(_cast, forward, dtype)
+    _active[-1].remember(forward, x, y)
+    return y
+
+
+def _cast(forward: Forward, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return forward(x).to(dtype)
+
+
+_active: list[QuantizingAgain] = []
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor that is kept as it is."""
+
+    tensor: Tensor
+    version: int
+
+    def value(self, is_read_again: bool = False) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed by an inplace "
+                "operation after the forward pass had used it; use the operation that returns a new tensor"
+            )
+        return self.tensor
+
+
+@dataclass
+class _Made:
+    """How a tensor was made.
+
+    Args:
+        y: the tensor, as long as somebody holds it.
+        version: of ``y``: how often it had been changed in place.
+        forward: of the quantizer.
+        x: what it took.
+        autocast: a context with the mixed precision of then.
+        spare: ``y`` once more, for the next one who asks.
+    """
+
+    y: weakref.ref[Tensor]
+    version: int
+    forward: Forward
+    x: _Whole | _Again
+    autocast: Callable[[], AbstractContextManager[object]]
+    spare: Tensor | None = None
+
+    def again(self, is_read_again: bool) -> Tensor:
+        """The values of ``y``, which stay for another reading or not."""
+        y, self.spare = self.spare, None
+        if y is None:
+            with torch.no_grad(), self.autocast():
+                # A quantizer that reads a quantized value wants it again for its own gradient, right behind this.
+                y = self.forward(self.x.value(is_read_again=True))
+        self.spare = y if is_read_again else None
+        return y
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A quantized tensor, or a view of one, that is made once more."""
+
+    made: _Made
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def value(self, is_read_again: bool = False) -> Tensor:
+        return self.made.again(is_read_again).as_strided(self.shape, self.stride, self.offset)
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where the memory of a plain tensor begins."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return None
+    return tensor.untyped_storage().data_ptr() or None
+
+
+def _autocast(device: str) -> Callable[[], AbstractContextManager[object]]:
+    """A context with the mixed precision of now."""
+    is_on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype, enabled=is_on)
