@@ -3,8 +3,9 @@ r"""Step time and peak memory of low-bit training, as ratios to the float networ
 Each row is a process of its own, so that its peak memory is its own; all have built, compiled and warmed up before the
 first measured step, and then take one step in turn, round after round, so that whatever else the machine does hits all
 of them alike. Our rows take the very step that ``fit`` takes (objective, guard, bounds, clipping, Nesterov SGD); float
-and peers take a plain loop's. Memory is the peak of the process during the measured steps. All processes have glibc's
-malloc keep what it got from the system, which helps every row alike.
+and peers take a plain loop's. Memory is the peak of the process in one step before that, in which glibc's malloc gives
+every larger piece back to the system at once: otherwise the holes between pieces count, a fifth more in one run than in
+the next. While time is measured it keeps what it has, which helps every row alike.
 
     python benchmarks/train_step.py --quick --json steps.json     # ResNet-20, under five minutes
     python benchmarks/train_step.py                               # all four networks
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import fcntl
 import gc
 import json
 import os
@@ -31,12 +33,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-WARM_UP, LR = 3, 0.01
+# Options of glibc's mallopt(): from which size on a piece of memory goes back to the system as soon as it is free; and,
+# so that none does, how many such pieces there may be, when the heap shrinks, and by how much it grows.
+M_MMAP_THRESHOLD = -3
+KEEPS_WHAT_IT_HAS = {-4: 0, -1: 2**31 - 1, -2: 1 << 28}
+WARM_UP, LR = 2, 0.01
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Row:
     compiled: bool = False
     channels_last: bool = False
     bf16: bool = False
-    recompute: bool = False
+    recompute: bool = True
     teacher_bf16: bool = False
     inference: bool = False
     kept: bool = False
@@ -92,43 +93,40 @@ class Row:
         quantizer = {1: " binary"}.get(self.bits, f" lsq {self.bits}/{self.bits}") if self.who == "fewbits" else ""
         bits = f" {self.bits}/{self.bits}" if self.who not in ("float", "fewbits") else ""
         recipe = f" {self.recipe}" if self.recipe != "plain" else ""
+        # Ours is channels-last by default where it is compiled.
+        is_default = self.channels_last == (self.compiled and self.who == "fewbits")
+        layout = "channels-last" if self.channels_last else "contiguous"
         ways = {"float shortcuts": not self.residual, "compiled": self.compiled}
         ways |= {"inference": self.inference, "answers kept": self.kept, "teacher in bf16": self.teacher_bf16}
-        ways |= {"channels-last": self.channels_last, "bf16": self.bf16, "recompute": self.recompute}
+        ways |= {layout: not is_default, "bf16": self.bf16, "nothing recomputed": not self.recompute}
         return f"{self.who}{quantizer}{bits}{recipe}" + "".join(f" {way}" for way, on in ways.items() if on)
 
 
 def rows() -> list[Row]:
     """All of them; the first is what the others are compared with."""
-    ours, quick = Row("fewbits"), {"compiled": True, "channels_last": True}
-    fastest = quick | {"bf16": True}
-    found = [Row("float"), Row("float", channels_last=True), Row("float", compiled=True)]
-    found += [Row("float", **quick, quick=False), Row("float", **fastest)]
-    found += [Row("float", **quick, inference=True), Row("float", **fastest, inference=True, quick=False)]
-    for bits in (4, 2, 1):
-        found += [replace(ours, bits=bits), replace(ours, bits=bits, compiled=True, quick=bits == 4)]
-    ours = replace(ours, bits=4)
-    found += [
-        replace(ours, residual=False),
-        replace(ours, residual=False, compiled=True, quick=False),
-        replace(ours, residual=False, **quick, quick=False),
-        replace(ours, recompute=True),
-        replace(ours, channels_last=True),
-        replace(ours, **quick),
-        replace(ours, **fastest),
-        replace(ours, residual=False, **fastest, quick=False),
-        replace(ours, recipe="logits"),
-        replace(ours, recipe="logits", kept=True),
-        replace(ours, recipe="logits", **quick),
-        replace(ours, recipe="logits", **quick, kept=True),
-        replace(ours, recipe="logits", **quick, teacher_bf16=True),
-        replace(ours, recipe="logits", **fastest),
-    ]
-    others = ("features", "ftl", "two-stage", "stochastic", "joint", "qfd", "blockwise", "dtq")
-    found += [replace(ours, recipe=name, compiled=on, quick=False) for name in others for on in (False, True)]
-    found += [Row("plain-lsq", 4), Row("plain-lsq", 4, **quick, quick=False), Row("torch.ao", 4), Row("brevitas", 4)]
-    found += [Row("torchao", 4), Row("nncf", 8), Row("modelopt", 4)]
-    return found
+    ours, compiled = Row("fewbits", 4), {"compiled": True, "channels_last": True}
+    bf16, rarely = compiled | {"bf16": True}, {"quick": False}
+    logits = replace(ours, recipe="logits")
+    found = [Row("float"), Row("float", channels_last=True)]
+    found += [Row("float", **compiled, inference=True)]
+    found += [ours, replace(ours, bits=2), replace(ours, bits=1), replace(ours, residual=False)]
+    found += [replace(ours, recompute=False), replace(ours, channels_last=True)]
+    found += [replace(ours, **compiled), replace(ours, **bf16)]
+    # Two are compiled at a time: rows that share generated code are not neighbours.
+    found += [replace(logits, **compiled), replace(logits, **bf16)]
+    found += [logits, replace(logits, kept=True), replace(logits, **compiled, kept=True)]
+    found += [Row("plain-lsq", 4), Row("torch.ao", 4), Row("brevitas", 4), Row("torchao", 4)]
+    found += [Row("nncf", 8), Row("modelopt", 4)]
+    found += [Row("float", compiled=True, **rarely), Row("float", **compiled, **rarely), Row("float", **bf16, **rarely)]
+    found += [Row("float", **bf16, **rarely, inference=True), Row("plain-lsq", 4, **compiled, **rarely)]
+    found += [replace(ours, compiled=True, **rarely), replace(ours, **compiled, **rarely, residual=False)]
+    found += [replace(ours, **bf16, **rarely, residual=False)]
+    found += [replace(ours, bits=bits, **compiled, **rarely) for bits in (2, 1)]
+    found += [replace(logits, **compiled, **rarely, teacher_bf16=True)]
+    others = ("features", "ftl", "two-stage", "stochastic", "joint", "qfd", "dtq")
+    found += [replace(ours, recipe=name, **ways, **rarely) for name in others for ways in ({}, compiled)]
+    binary = replace(ours, bits=1, residual=False, recipe="blockwise")
+    return found + [replace(binary, **ways, **rarely) for ways in ({}, compiled)]
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Worker:
     def __init__(self, network: str, row: Row, threads: int) -> None:
         self.row = row
         command = [sys.executable, __file__, "--worker", network, json.dumps(asdict(row))]
-        environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -236,7 +234,10 @@ def work(network: Network, row: Row) -> None:
     import peers
     import torch
 
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 21)
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two rows are built at a time
     images = torch.randn(network.batch_size, 3, network.size, network.size)
     labels = torch.randint(network.classes, (network.batch_size,))
     try:
@@ -246,22 +247,38 @@ def work(network: Network, row: Row) -> None:
         return print("not installed" if absent else f"failed: {missing}", file=answers)
     except NotImplementedError as reason:
         return print(str(reason), file=answers)
-    for _ in range(WARM_UP):
-        step()
-    # The peak starts anew, and without what the compiler freed: compiling is not training.
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    torch.set_num_threads(threads)
+    # Compilers work side by side; threads of steps would wait for each other, spinning.
+    with Path(__file__).open() as turn:
+        if not row.compiled:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        most = peak(step)
+    for option, value in KEEPS_WHAT_IT_HAS.items():
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
+    step()
     print("measured", file=answers)
     for line in sys.stdin:
         if line.strip() == "peak":
-            status = Path("/proc/self/status").read_text()
-            print(1024 * int(status.split("VmHWM:")[1].split()[0]), file=answers)
+            print(most, file=answers)
             continue
         started = time.perf_counter()
         step()
         print(time.perf_counter() - started, file=answers)
     return None
+
+
+def peak(step: Callable[[], None]) -> int:
+    """Bytes of this process at most, in the step behind two that compile and warm up."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    for _ in range(WARM_UP):
+        step()
+    gc.collect()
+    libc.malloc_trim(0)  # what the compiler freed goes, too
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def plain_step(network: Network, row: Row, images: Any, labels: Any) -> Callable[[], None]:
@@ -382,7 +399,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-20, without the rarer recipes")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rows", nargs="+", help="only these rows, by name; eager float is always measured")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the rows to this file, a JSON list")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
