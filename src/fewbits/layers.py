@@ -52,10 +52,14 @@ class QuantLayer(nn.Module):
         """The float layer's own computation with another weight."""
         raise NotImplementedError
 
+    def _reads_at_once(self) -> bool:
+        """Whether nothing, padding say, comes between the quantized input and the layer's operator."""
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
         """The float layer on the quantized input and weight; shapes as in the float layer."""
         if self.input_quantizer is not None:
-            x = keeping_input(self.input_quantizer, x, is_cast=True)
+            x = keeping_input(self.input_quantizer, x, is_cast=self._reads_at_once())
         return self._apply_weight(x, self._weight())
 
     def _weight(self) -> Tensor:
@@ -102,6 +106,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)
+
+    def _reads_at_once(self) -> bool:
+        return self.padding_mode == "zeros"
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # Linear says bias: Tensor, and may hold None

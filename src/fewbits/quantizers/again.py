@@ -8,16 +8,18 @@ goes for quantized weights, and for a stream's values that the quantizer of a la
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules import module as modules
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -26,43 +28,62 @@ class QuantizingAgain:
     """Within it, autograd keeps what a quantizer took in place of what it gave, wherever ``keeping_input`` was called.
 
     For one forward pass of eager code; the backward pass may come later. Values and gradients are the same, bit for
-    bit. A value that is changed in place between the two is an error, as it is without.
+    bit. A value that is changed in place between the two is an error, as it is without; so is a quantizer whose state
+    was changed, which without may matter to nobody.
 
-    >>> x, weight = torch.tensor([-0.2, 1.4]).requires_grad_(), torch.ones(2).requires_grad_()
+    >>> x, weight = torch.tensor([-0.2, 1.5]).requires_grad_(), torch.ones(2).requires_grad_()
     >>> with QuantizingAgain():
-    ...     y = keeping_input(nn.ReLU(), x) * weight
+    ...     y = keeping_input(nn.Hardshrink(), x) * weight
     >>> y.sum().backward()
     >>> weight.grad.tolist()
-    [0.0, 1.399999976158142]
+    [0.0, 1.5]
     """
 
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
+        self._packed: set[int | None] = set()
         self._contexts = ExitStack()
 
     def __enter__(self) -> Self:
-        _active.append(self)
         self._contexts.enter_context(saved_tensors_hooks(self._keep, lambda kept: kept.value()))
+        _active.contexts.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._contexts.close()
-        _active.remove(self)
+        _active.contexts.remove(self)
         self._made.clear()
+        if error is not None and "saved tensor hooks" in str(error):
+            error.add_note("fewbits packs what autograd saves; train with recompute=False (--no-recompute)")
 
-    def remember(self, forward: Forward, x: Tensor, y: Tensor) -> None:
-        """``y`` is ``forward(x)``."""
+    def call(self, quantizer: nn.Module, x: Tensor, is_cast: bool) -> Tensor:
+        """``quantizer(x)``, remembered if that saves memory: if the quantizer keeps ``x`` for itself anyway."""
+        self._packed.clear()
+        y: Tensor = quantizer(x)
+        place = _place(x)
+        if place is None or place not in self._packed:
+            return y
+        forward: Forward = quantizer.forward
+        if is_cast and y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type):
+            dtype, y = torch.get_autocast_dtype(y.device.type), y.to(torch.get_autocast_dtype(y.device.type))
+            forward = functools.partial(_cast, forward, dtype)
+        self._remember(quantizer, forward, x, y)
+        return y
+
+    def _remember(self, quantizer: nn.Module, forward: Forward, x: Tensor, y: Tensor) -> None:
         place = _place(y)
         if place is None or place == _place(x):
             return
         # Whoever lets go of y lets go of x: in a checkpointed block nobody else keeps it.
         forgotten = weakref.ref(y, lambda _: self._made.pop(place, None))
-        self._made[place] = _Made(forgotten, y._version, forward, self._keep(x.detach()), _autocast(y.device.type))
+        state, autocast = functools.partial(_state, quantizer), _autocast(y.device.type)
+        self._made[place] = _Made(forgotten, y._version, forward, self._keep(x.detach()), state, state(), autocast)
 
     def _keep(self, tensor: Tensor) -> _Whole | _Again:
         place = _place(tensor)
+        self._packed.add(place)
         made = None if place is None else self._made.get(place)
         y = None if made is None else made.y()
         # What was changed in place since is no longer what the quantizer gave.
@@ -75,30 +96,45 @@ def keeping_input(quantizer: nn.Module, x: Tensor, *, is_cast: bool = False) -> 
     """``quantizer(x)``, which the backward pass may do again; see ``QuantizingAgain``.
 
     Args:
-        quantizer: its forward gives the same values each time, and does nothing else.
+        quantizer: its forward does nothing but give a value, the same each time unless ``is_repeatable`` is False.
         x: any shape.
-        is_cast: whether the result goes into one of the operators, a convolution say, that work in the lower precision
-            of autocast; the cast is then part of what is done again.
+        is_cast: whether the result goes straight into one of the operators, a convolution say, that work in the lower
+            precision of autocast; the cast is then part of what is done again.
     """
-    y: Tensor = quantizer(x)
-    if torch.compiler.is_compiling() or not _active or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not _active.contexts or not torch.is_grad_enabled() or _is_watched(quantizer):
+        y: Tensor = quantizer(x)
         return y
-    # A tap keeps what it saw anyway, and must not see it twice; another hook may have changed it.
-    if quantizer._forward_hooks or quantizer._forward_pre_hooks:
-        return y
-    forward: Forward = quantizer.forward
-    if is_cast and y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type):
-        dtype, y = torch.get_autocast_dtype(y.device.type), y.to(torch.get_autocast_dtype(y.device.type))
-        forward = functools.partial(_cast, forward, dtype)
-    _active[-1].remember(forward, x, y)
-    return y
+    return _active.contexts[-1].call(quantizer, x, is_cast)
+
+
+def _is_watched(quantizer: nn.Module) -> bool:
+    """Whether a second call would be seen, or give something else.
+
+    A tap keeps what it saw anyway, and must not see it twice; another hook may change it.
+    """
+    has_hooks = quantizer._forward_hooks or quantizer._forward_pre_hooks
+    has_global_hooks = modules._global_forward_hooks or modules._global_forward_pre_hooks
+    return bool(has_hooks or has_global_hooks) or not getattr(quantizer, "is_repeatable", True)
 
 
 def _cast(forward: Forward, dtype: torch.dtype, x: Tensor) -> Tensor:
     return forward(x).to(dtype)
 
 
-_active: list[QuantizingAgain] = []
+def _state(quantizer: nn.Module) -> tuple[Any, ...]:
+    """What changes when a quantizer does: its bits, and how often its numbers were written."""
+    numbers = (*quantizer._parameters.values(), *quantizer._buffers.values())
+    return getattr(quantizer, "spec", None), *(each._version for each in numbers if each is not None)
+
+
+class _Active(threading.local):
+    """The contexts of a thread, from the outermost inwards, as hooks on saved tensors are a thread's own."""
+
+    def __init__(self) -> None:
+        self.contexts: list[QuantizingAgain] = []
+
+
+_active = _Active()
 
 
 @dataclass(frozen=True)
@@ -126,6 +162,8 @@ class _Made:
         version: of ``y``: how often it had been changed in place.
         forward: of the quantizer.
         x: what it took.
+        state: of the quantizer, now.
+        was: the state of then.
         autocast: a context with the mixed precision of then.
         spare: ``y`` once more, for the next one who asks.
     """
@@ -134,12 +172,20 @@ class _Made:
     version: int
     forward: Forward
     x: _Whole | _Again
+    state: Callable[[], tuple[Any, ...]]
+    was: tuple[Any, ...]
     autocast: Callable[[], AbstractContextManager[object]]
     spare: Tensor | None = None
 
     def again(self, is_read_again: bool) -> Tensor:
         """The values of ``y``, which stay for another reading or not."""
         y, self.spare = self.spare, None
+        if self.state() != self.was:
+            raise RuntimeError(
+                "a quantizer's bits, gate or ranges were changed between a forward pass and its backward pass, which "
+                "quantizes again; change them before or after both, or train "
+                "with recompute=False (--no-recompute)"
+            )
         if y is None:
             with torch.no_grad(), self.autocast():
                 # A quantizer that reads a quantized value wants it again for its own gradient, right behind this.
@@ -163,7 +209,8 @@ class _Again:
 
 def _place(tensor: Tensor) -> int | None:
     """Where the memory of a plain tensor begins."""
-    if type(tensor) not in (Tensor, nn.Parameter):
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if not is_plain or tensor.is_neg() or tensor.is_conj():
         return None
     return tensor.untyped_storage().data_ptr() or None
 

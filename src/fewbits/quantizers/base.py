@@ -113,6 +113,9 @@ class Quantizer(nn.Module, ABC):
     decayed: ClassVar[tuple[str, ...]] = ()
     """Names of parameters whose weight decay belongs to the method (PACT's alpha)."""
 
+    is_repeatable: ClassVar[bool] = True
+    """Whether the same input gives the same values a second time: False for a quantizer that draws random numbers."""
+
     rate: ClassVar[float] = 1.0
     """Factor on the learning rate of the method's own parameters, where its paper has another one for them."""
 

@@ -20,7 +20,7 @@ STUDENT_EMA = "student-ema.safetensors"
 CHECKPOINT = "checkpoint"
 
 FREE = (
-    *("output", "resume", "progress", "checkpoint_seconds", "tensorboard", "gradient_shares"),
+    *("output", "resume", "progress", "checkpoint_seconds", "tensorboard", "gradient_shares", "recompute"),
     *("torch_threads", "versions"),
 )
 """Entries of ``run.json`` that may differ when a run is resumed: they do not change its result, or say where it ran."""

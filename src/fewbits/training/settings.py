@@ -35,8 +35,8 @@ class Settings(Checked):
         compile: compile the objective.
         channels_last: keep images and kernels in that memory format. By default where results need not be the same
             bits anyway and it is faster: compiled or bf16, with convolutions; the run says so.
-        recompute: quantize again in the backward pass instead of keeping what was quantized: a third less memory for
-            about a hundredth more time, the same results. A compiled objective decides that by itself.
+        recompute: let the backward pass quantize again what is otherwise kept until then (--no-recompute): up to half
+            the memory for a twentieth of the time, the same results. A compiled objective decides that by itself.
         checkpoint_blocks: run each residual block again in the backward pass instead of keeping what is inside: less
             memory, more time, the same results. Not with compile, which decides what it keeps.
         shard: split weights, gradients and momentum among the processes (FSDP) instead of keeping all in each (DDP).
