@@ -22,6 +22,7 @@ import ctypes
 import fcntl
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -38,6 +39,8 @@ from typing import Any
 M_MMAP_THRESHOLD = -3
 KEEPS_WHAT_IT_HAS = {-4: 0, -1: 2**31 - 1, -2: 1 << 28}
 WARM_UP, LR = 2, 0.01
+QUICK_SECONDS, FEWEST = 280, 3
+"""When a quick run ends its rounds, and how many it takes in any case."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,11 @@ def rows() -> list[Row]:
     found = [Row("float"), Row("float", channels_last=True)]
     found += [Row("float", **compiled, inference=True)]
     found += [ours, replace(ours, bits=2), replace(ours, bits=1), replace(ours, residual=False)]
-    found += [replace(ours, recompute=False), replace(ours, channels_last=True)]
+    found += [replace(ours, recompute=False, **rarely), replace(ours, channels_last=True)]
     found += [replace(ours, **compiled), replace(ours, **bf16)]
     # Two are compiled at a time: rows that share generated code are not neighbours.
     found += [replace(logits, **compiled), replace(logits, **bf16)]
-    found += [logits, replace(logits, kept=True), replace(logits, **compiled, kept=True)]
+    found += [logits, replace(logits, kept=True)]
     found += [Row("plain-lsq", 4), Row("torch.ao", 4), Row("brevitas", 4), Row("torchao", 4)]
     found += [Row("nncf", 8), Row("modelopt", 4)]
     found += [Row("float", compiled=True, **rarely), Row("float", **compiled, **rarely), Row("float", **bf16, **rarely)]
@@ -122,7 +125,7 @@ def rows() -> list[Row]:
     found += [replace(ours, compiled=True, **rarely), replace(ours, **compiled, **rarely, residual=False)]
     found += [replace(ours, **bf16, **rarely, residual=False)]
     found += [replace(ours, bits=bits, **compiled, **rarely) for bits in (2, 1)]
-    found += [replace(logits, **compiled, **rarely, teacher_bf16=True)]
+    found += [replace(logits, **compiled, **rarely, **ways) for ways in ({"kept": True}, {"teacher_bf16": True})]
     others = ("features", "ftl", "two-stage", "stochastic", "joint", "qfd", "dtq")
     found += [replace(ours, recipe=name, **ways, **rarely) for name in others for ways in ({}, compiled)]
     binary = replace(ours, bits=1, residual=False, recipe="blockwise")
@@ -188,8 +191,8 @@ class Worker:
         self._process.wait()
 
 
-def measure(network: str, chosen: Sequence[Row], rounds: int, threads: int) -> list[Measured]:
-    """All rows of one network in one interleaved run."""
+def measure(network: str, chosen: Sequence[Row], rounds: int, threads: int, until: float = math.inf) -> list[Measured]:
+    """All rows of one network in one interleaved run, whose rounds end early where it takes longer than ``until``."""
     found, workers = {}, []
     try:
         # Two at a time: the compiler of one works while the other starts.
@@ -204,6 +207,8 @@ def measure(network: str, chosen: Sequence[Row], rounds: int, threads: int) -> l
                     found[worker.row.name] = Measured(worker.row.name, network, status=worker.status)
         seconds: dict[str, list[float]] = {worker.row.name: [] for worker in workers}
         for number in range(rounds):
+            if number >= FEWEST and time.monotonic() > until:
+                break
             # There and back again: nobody always follows the same neighbour.
             for worker in workers if number % 2 == 0 else workers[::-1]:
                 seconds[worker.row.name].append(worker.ask("step"))
@@ -396,7 +401,7 @@ def table(measured: Sequence[Measured]) -> str:
 def main() -> None:
     """Measure what is asked for, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ResNet-20, without the rarer recipes")
+    parser.add_argument("--quick", action="store_true", help="ResNet-20, without the rarer rows")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rows", nargs="+", help="only these rows, by name; eager float is always measured")
     parser.add_argument("--rounds", type=int, default=9)
@@ -415,8 +420,9 @@ def main() -> None:
             parser.error(f"--rows: no {sorted(unknown)}; there are: {', '.join(row.name for row in chosen)}")
         chosen = [row for row in chosen if row.name in arguments.rows or row.name == "float"]
     measured = []
+    until = time.monotonic() + QUICK_SECONDS if arguments.quick else math.inf
     for network in ["resnet20"] if arguments.quick else arguments.networks:
-        measured += measure(network, chosen, arguments.rounds, arguments.threads)
+        measured += measure(network, chosen, arguments.rounds, arguments.threads, until)
         if arguments.json:
             described = [asdict(row) for row in measured]
             arguments.json.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in described) + "\n]\n")

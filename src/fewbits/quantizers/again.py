@@ -101,14 +101,14 @@ def keeping_input(quantizer: nn.Module, x: Tensor, *, is_cast: bool = False) -> 
         is_cast: whether the result goes straight into one of the operators, a convolution say, that work in the lower
             precision of autocast; the cast is then part of what is done again.
     """
-    if torch.compiler.is_compiling() or not _active.contexts or not torch.is_grad_enabled() or _is_watched(quantizer):
+    if torch.compiler.is_compiling() or not _active.contexts or not torch.is_grad_enabled() or _runs_once(quantizer):
         y: Tensor = quantizer(x)
         return y
     return _active.contexts[-1].call(quantizer, x, is_cast)
 
 
-def _is_watched(quantizer: nn.Module) -> bool:
-    """Whether a second call would be seen, or give something else.
+def _runs_once(quantizer: nn.Module) -> bool:
+    """Whether it must not be called again: somebody would see it, or it would give something else.
 
     A tap keeps what it saw anyway, and must not see it twice; another hook may change it.
     """
