@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import fewbits as fb
 from fewbits.convert import quantize
-from fewbits.distill import Objective
-from fewbits.quantizers.again import QuantizingAgain
+from fewbits.distill import Losses, Objective
+from fewbits.quantizers.again import QuantizingAgain, _active
 from fewbits.recipes import RECIPES, Logits, Recipe
 from fewbits.recipes.joint import Joint
 from fewbits.training import Settings
 from fewbits.training.setup import make_accelerator
-from fewbits.training.step import backward, clip_gradients
+from fewbits.training.step import Stepper, backward, clip_gradients
 
 
 def begun(recipe: Recipe) -> Objective:
@@ -102,3 +103,22 @@ def test_a_low_bit_step_keeps_what_a_float_step_keeps(bf16: bool):
     # What is added in a residual sum, for the gradient of its stream's step: one more of every four maps.
     assert kept["streams"] <= (1.35 if bf16 else 1.26) * kept["float"]
     assert kept_bytes(objectives["streams"], images, labels, bf16, again=False) > 1.6 * kept["streams"]
+
+
+@pytest.mark.parametrize(("recompute", "compiled", "wanted"), [(1, 0, True), (1, 1, False), (0, 0, False)])
+def test_a_compiled_graph_is_left_alone(recompute: int, compiled: int, wanted: bool):
+    """Found: under hooks on what it saves, nothing of it was free before its backward pass was over."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    images, labels = torch.randn(4, 3, 6, 6), torch.arange(4) % 3
+    objective = fb.recipes.make("plain").objective(quantize(net, 4, 4), None, batches=[images])
+    settings = Settings(recompute=bool(recompute), compile=bool(compiled), batch_size=4, device="cpu")
+    stepper, seen = Stepper(objective, settings, make_accelerator(settings)), []
+
+    class Looks(nn.Module):
+        def forward(self, *batch: Any) -> Losses:
+            seen.append(bool(_active.contexts))
+            return objective(*batch)
+
+    stepper._model = Looks()  # the compiled objective would trace past it
+    stepper(images, labels, 1.0, "a test")
+    assert seen == [wanted]

@@ -7,7 +7,6 @@ goes for quantized weights, and for a stream's values that the quantizer of a la
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as modules
-
-Forward = Callable[[Tensor], Tensor]
 
 
 class QuantizingAgain:
@@ -65,21 +62,21 @@ class QuantizingAgain:
         place = _place(x)
         if place is None or place not in self._packed:
             return y
-        forward: Forward = quantizer.forward
+        dtype = None
         if is_cast and y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type):
-            dtype, y = torch.get_autocast_dtype(y.device.type), y.to(torch.get_autocast_dtype(y.device.type))
-            forward = functools.partial(_cast, forward, dtype)
-        self._remember(quantizer, forward, x, y)
+            dtype = torch.get_autocast_dtype(y.device.type)
+            y = y.to(dtype)
+        self._remember(quantizer, dtype, x, y)
         return y
 
-    def _remember(self, quantizer: nn.Module, forward: Forward, x: Tensor, y: Tensor) -> None:
+    def _remember(self, quantizer: nn.Module, dtype: torch.dtype | None, x: Tensor, y: Tensor) -> None:
         place = _place(y)
         if place is None or place == _place(x):
             return
         # Whoever lets go of y lets go of x: in a checkpointed block nobody else keeps it.
         forgotten = weakref.ref(y, lambda _: self._made.pop(place, None))
-        state, autocast = functools.partial(_state, quantizer), _autocast(y.device.type)
-        self._made[place] = _Made(forgotten, y._version, forward, self._keep(x.detach()), state, state(), autocast)
+        source, autocast = self._keep(x.detach()), _autocast(y.device.type)
+        self._made[place] = _Made(forgotten, y._version, quantizer, _state(quantizer), dtype, source, autocast)
 
     def _keep(self, tensor: Tensor) -> _Whole | _Again:
         place = _place(tensor)
@@ -115,10 +112,6 @@ def _runs_once(quantizer: nn.Module) -> bool:
     has_hooks = quantizer._forward_hooks or quantizer._forward_pre_hooks
     has_global_hooks = modules._global_forward_hooks or modules._global_forward_pre_hooks
     return bool(has_hooks or has_global_hooks) or not getattr(quantizer, "is_repeatable", True)
-
-
-def _cast(forward: Forward, dtype: torch.dtype, x: Tensor) -> Tensor:
-    return forward(x).to(dtype)
 
 
 def _state(quantizer: nn.Module) -> tuple[Any, ...]:
@@ -160,27 +153,27 @@ class _Made:
     Args:
         y: the tensor, as long as somebody holds it.
         version: of ``y``: how often it had been changed in place.
-        forward: of the quantizer.
-        x: what it took.
-        state: of the quantizer, now.
-        was: the state of then.
+        quantizer: that gave it.
+        was: the quantizer's state then.
+        dtype: that it was cast to; None as it was given.
+        x: what the quantizer took.
         autocast: a context with the mixed precision of then.
         spare: ``y`` once more, for the next one who asks.
     """
 
     y: weakref.ref[Tensor]
     version: int
-    forward: Forward
-    x: _Whole | _Again
-    state: Callable[[], tuple[Any, ...]]
+    quantizer: nn.Module
     was: tuple[Any, ...]
+    dtype: torch.dtype | None
+    x: _Whole | _Again
     autocast: Callable[[], AbstractContextManager[object]]
     spare: Tensor | None = None
 
     def again(self, is_read_again: bool) -> Tensor:
         """The values of ``y``, which stay for another reading or not."""
         y, self.spare = self.spare, None
-        if self.state() != self.was:
+        if _state(self.quantizer) != self.was:
             raise RuntimeError(
                 "a quantizer's bits, gate or ranges were changed between a forward pass and its backward pass, which "
                 "quantizes again; change them before or after both, or train "
@@ -189,7 +182,8 @@ class _Made:
         if y is None:
             with torch.no_grad(), self.autocast():
                 # A quantizer that reads a quantized value wants it again for its own gradient, right behind this.
-                y = self.forward(self.x.value(is_read_again=True))
+                given: Tensor = self.quantizer.forward(self.x.value(is_read_again=True))
+                y = given if self.dtype is None else given.to(self.dtype)
         self.spare = y if is_read_again else None
         return y
 

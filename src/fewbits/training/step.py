@@ -84,9 +84,9 @@ class Stepper:
             group["lr"] = rate * lr_factor
         self.guard.remember()
         batch = (images, labels, *answers)
-        losses = backward(
-            self._accelerator, self._model, batch, settings.accumulate, self.sharding, recompute=settings.recompute
-        )
+        # A compiled graph decides for itself what it keeps, and frees it piece by piece: nobody else may hold it.
+        again = settings.recompute and not settings.compile
+        losses = backward(self._accelerator, self._model, batch, settings.accumulate, self.sharding, recompute=again)
         if self.blocks is not None:
             self.blocks.forget()
         norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
