@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import fewbits as fb
-from fewbits.quantizers import Quantizer
+from fewbits.quantizers import Quantizer, integer_convolution
+from fewbits.quantizers.gates import promised_open
+from fewbits.quantizers.lsq import lsq
 from fewbits.training.compiling import compiled
 
 pytestmark = [
@@ -86,3 +88,130 @@ def test_bfloat16_is_the_same_network():
             logits[name] = network(images).float()
     # Where bf16 rounds differs; predictions are those of one network.
     assert (logits["eager"] - logits["compiled"]).abs().mean() < 0.1 * logits["eager"].std()
+
+
+@pytest.fixture
+def convolved(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that convolutions of whole numbers took."""
+    if not integer_convolution.is_available():
+        pytest.skip("this processor does not multiply bytes")
+    shapes, convolve = [], integer_convolution._convolve
+
+    def counted(codes: Tensor, *given: object) -> Tensor:
+        shapes.append(codes.shape)
+        return convolve(codes, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(integer_convolution, "_convolve", counted)
+    return shapes
+
+
+def in_channels_last(student: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    return student.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+
+
+def test_whole_numbers_where_gates_stay_open(convolved):
+    student, images = in_channels_last(*made())
+    student.eval()
+    run = compiled(student)
+    (logits, grads), (fast, fast_grads) = taken(student, student, images), taken(run, student, images)
+    assert not convolved
+    with promised_open(True):
+        whole, whole_grads = taken(run, student, images)
+    assert len(convolved) == 2
+    for found, gradients in ((fast, fast_grads), (whole, whole_grads)):
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+        for name, grad in grads.items():
+            torch.testing.assert_close(gradients[name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_gates_count_again_without_the_promise(convolved):
+    student, images = in_channels_last(*made())
+    run = compiled(student.eval())
+    with promised_open(True):
+        run(images)
+    convolved.clear()
+    for module in student.modules():
+        if isinstance(module, Quantizer):
+            module.enabled.fill_(False)
+    torch.testing.assert_close(run(images), student(images), rtol=1e-4, atol=1e-4)
+    assert not convolved
+
+
+class Wide(nn.Module):
+    """Codes that are no bytes."""
+
+    def __init__(self, high: int, weight_low: int, weight_high: int) -> None:
+        super().__init__()
+        self.bounds, self.weight_bounds = (0, high), (weight_low, weight_high)
+        self.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+        self.step, self.weight_step = nn.Parameter(torch.tensor(0.01)), nn.Parameter(torch.tensor(0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = lsq(self.weight, self.weight_step, *self.weight_bounds)
+        return nn.functional.conv2d(lsq(x, self.step, *self.bounds), weight)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "are_whole"),
+    [((255, -128, 127), True), ((256, -8, 7), False), ((15, -129, 100), False), ((15, -8, 128), False)],
+)
+def test_what_is_no_byte_stays_float(convolved, bounds, are_whole):
+    torch.manual_seed(0)
+    network, images = in_channels_last(Wide(*bounds), 4 * torch.rand(2, 4, 6, 6))
+    torch.testing.assert_close(compiled(network)(images), network(images), rtol=1e-5, atol=1e-5)
+    assert bool(convolved) == are_whole
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norms = nn.Conv2d(3, 16, 3, padding=1), nn.ModuleList(nn.BatchNorm2d(16) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = conv(torch.relu(norm(x)))
+        return x
+
+
+def kept(run: nn.Module, images: Tensor) -> int:
+    """Bytes between forward and backward, parameters without their shares."""
+    saved = run(images).grad_fn.saved_tensors  # type: ignore[union-attr]
+    places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    return sum(places.values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_between_norms_and_convolutions_nothing_is_kept(precision):
+    """Less than the float network keeps: what a norm gives is made again of what the norm keeps anyway."""
+    torch.manual_seed(0)
+    network, images = in_channels_last(Block(), torch.randn(16, 3, 32, 32))
+    student = fb.quantize(network, 4, 4, residual=None)
+    fb.calibrate(student, [images])
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        sizes = [kept(run, images) for run in (torch.compile(network), compiled(student))]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_half_precision_is_kept_on_request():
+    torch.manual_seed(0)
+    network, images = in_channels_last(Block(), torch.randn(16, 3, 32, 32))
+    student = fb.quantize(network, 4, 4, residual=None)
+    fb.calibrate(student, [images])
+    sizes = []
+    for recompute in (True, False):
+        torch._dynamo.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            sizes.append(kept(compiled(student, recompute=recompute), images))
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_values_that_are_no_numbers_are_seen(convolved):
+    student, images = in_channels_last(*made())
+    images[0, 0, 0, 0] = float("nan")
+    run = compiled(student)
+    with promised_open(True):
+        _, grads = taken(run, student, images)
+    assert convolved
+    assert any(not grad.isfinite().all() for grad in grads.values())

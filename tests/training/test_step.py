@@ -122,3 +122,24 @@ def test_a_compiled_graph_is_left_alone(recompute: int, compiled: int, wanted: b
     stepper._model = Looks()  # the compiled objective would trace past it
     stepper(images, labels, 1.0, "a test")
     assert seen == [wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "is_promised"), [("plain", True), ("stochastic", False), ("two-stage", False)])
+def test_what_compiled_graphs_may_rely_on(monkeypatch, recipe, is_promised):
+    """Gates that a schedule closes, or somebody's hand, are read by the graph."""
+    seen = []
+    monkeypatch.setattr("fewbits.training.step.promised_open", lambda promise: nullcontext(seen.append(promise)))
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    student, images = quantize(teacher, 4, 4), torch.randn(4, 3, 6, 6)
+    objective = RECIPES[recipe]().objective(student, teacher, batches=[images])
+    settings = Settings(device="cpu", compile=True, batch_size=4)
+    stepper = Stepper(objective, settings, make_accelerator(settings))
+    objective.set_progress(0.1, 1)
+    stepper(images, torch.tensor([0, 1, 2, 0]), 1.0, "step 0")
+    assert seen == [is_promised]
+    if is_promised:
+        student[0].weight_quantizer.enabled.fill_(False)
+        stepper(images, torch.tensor([0, 1, 2, 0]), 1.0, "step 1")
+        assert seen == [True, False]
+    torch._dynamo.reset()

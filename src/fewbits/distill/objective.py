@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import NonNegative, UnitInterval, checked
-from ..precision import Precision, draw_precision, fragments_of, set_precision
+from ..precision import Precision, draw_precision, fragments_of, is_fully_quantized, set_precision
 from ..quantizers import Quantizer
 from .base import Group, NetworkName, Networks, Phase, Step, Tap, Term
 from .parameters import by_kind
@@ -231,6 +231,11 @@ class Objective(nn.Module):
             if self._fragments is None:
                 self._fragments = fragments_of(student, self.networks.anatomy("student").blocks, precision.fragment)
             draw_precision(self._fragments, precision, self.seed, step)
+
+    @property
+    def is_fully_quantized(self) -> bool:
+        """Whether every gate is open, and no schedule closes one in the next step."""
+        return self._precision == Precision() and is_fully_quantized(self)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for what is trained; a network that is not stays in eval mode."""

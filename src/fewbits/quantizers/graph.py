@@ -18,12 +18,16 @@ from .rounding import SMALLEST_STEP, to_codes
 TYPES = (torch.float32, torch.bfloat16)
 """Of values; they are computed in float32."""
 
-_FORWARD, _BACKWARD = (f"fewbits::{name}_{inductor.DIGEST}" for name in ("lsq", "lsq_backward"))
+_NAMES = ("lsq", "lsq_backward", "lsq_codes")
+_FORWARD, _BACKWARD, _CODES = (f"fewbits::{name}_{inductor.DIGEST}" for name in _NAMES)
 _GIVEN = "Tensor step, Tensor low, Tensor high"
 torch.library.define(_FORWARD, f"(Tensor x, {_GIVEN}, Tensor? gate) -> Tensor")
 torch.library.define(_BACKWARD, f"(Tensor x, Tensor grad, {_GIVEN}, float scale, Tensor? gate) -> (Tensor, Tensor)")
-LSQ, LSQ_BACKWARD = (getattr(torch.ops.fewbits, name.split("::")[1]).default for name in (_FORWARD, _BACKWARD))
-"""The operators."""
+torch.library.define(_CODES, f"(Tensor x, {_GIVEN}) -> Tensor")
+LSQ, LSQ_BACKWARD, LSQ_CODES = (
+    getattr(torch.ops.fewbits, name.split("::")[1]).default for name in (_FORWARD, _BACKWARD, _CODES)
+)
+"""The operators; the last one gives bytes, codes counted from the lowest one, whatever a gate says."""
 
 OPTIONS: dict[str, Any] = {"eager_numerics.division_rounding": True}
 """What a compiler must be told: a GPU's fast division is not the rounding rule's."""
@@ -75,7 +79,7 @@ def bounds_for(step: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake(_FORWARD)  # type: ignore[untyped-decorator]
 def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -> Tensor:
-    inductor.write_into_loops(LSQ, LSQ_BACKWARD)  # whoever traces a graph with it is going to compile it
+    inductor.write_into_loops(LSQ, LSQ_BACKWARD, LSQ_CODES)  # whoever traces a graph with it is going to compile it
     return torch.empty_like(x, dtype=torch.float32)
 
 
@@ -86,7 +90,12 @@ def _(
     return torch.empty_like(x), torch.empty_like(step, memory_format=torch.contiguous_format)
 
 
-# For other compilers than Inductor, which writes both into its loops (inductor.py).
+@torch.library.register_fake(_CODES)  # type: ignore[untyped-decorator]
+def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+# For other compilers than Inductor, which writes them into its loops (inductor.py).
 
 
 @torch.library.impl(_FORWARD, "CompositeExplicitAutograd")
@@ -94,6 +103,11 @@ def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor, gate: Tensor | None) -
     step = step.clamp(min=SMALLEST_STEP)
     y = to_codes(x.float(), step, low, high) * step
     return y if gate is None else torch.where(gate, y, x)
+
+
+@torch.library.impl(_CODES, "CompositeExplicitAutograd")
+def _(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return (to_codes(x.float(), step.clamp(min=SMALLEST_STEP), low, high) - low).to(torch.uint8)
 
 
 @torch.library.impl(_BACKWARD, "CompositeExplicitAutograd")

@@ -1,6 +1,6 @@
 """What Inductor, the compiler behind ``torch.compile``, makes of the operators of graph.py: loops of its own.
 
-Both are expressions of single elements, and one sum, that it can write into the loops before and behind them.
+They are expressions of single elements, and one sum, that it can write into the loops before and behind them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ version of this file must not find them."""
 
 
 @cache
-def write_into_loops(lsq: Any, lsq_backward: Any) -> None:
+def write_into_loops(lsq: Any, lsq_backward: Any, lsq_codes: Any) -> None:
     """Tell the compiler of graph.py's operators, once for the process."""
     from torch._inductor import lowering
 
@@ -38,6 +38,12 @@ def write_into_loops(lsq: Any, lsq_backward: Any) -> None:
         values, positive = scaled(x, step)
         y = ways[aten.mul.Tensor](clipped(ways[aten.round.default](values), low, high), positive)
         return y if gate is None else ways[aten.where.self](gate, y, ways[convert](x, torch.float32))
+
+    def codes(x: Any, step: Any, low: Any, high: Any) -> Any:
+        _settle_layouts(x)
+        values, _ = scaled(x, step)
+        above = ways[aten.sub.Tensor](clipped(ways[aten.round.default](values), low, high), low)
+        return ways[convert](above, torch.uint8)
 
     def backward(x: Any, grad: Any, step: Any, low: Any, high: Any, scale: Any, gate: Any) -> tuple[Any, Any]:
         _settle_layouts(x, grad)
@@ -59,7 +65,7 @@ def write_into_loops(lsq: Any, lsq_backward: Any) -> None:
             grad_x, grad_step = ways[aten.where.self](gate, grad_x, grad), ways[aten.where.self](gate, grad_step, zero)
         return ways[convert](grad_x, x.get_dtype()), grad_step
 
-    for operator, way in ((lsq, forward), (lsq_backward, backward)):
+    for operator, way in ((lsq, forward), (lsq_backward, backward), (lsq_codes, codes)):
         lowering.register_lowering(operator, type_promotion_kind=None)(way)
 
 

@@ -1,4 +1,4 @@
-"""The compiled objective: what ``torch.compile`` may fuse, and what it computes again instead of keeping it."""
+"""The compiled objective: what ``torch.compile`` may fuse, compute again, or compute otherwise than it is written."""
 
 from __future__ import annotations
 
@@ -8,22 +8,38 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-from ..quantizers import graph
+from ..quantizers import graph, integer_convolution
+
+_ATEN = torch.ops.aten
+_CONVOLUTION, _CAST = _ATEN.convolution.default, torch.ops.prims.convert_element_type.default
+_ELEMENTWISE = {
+    *(_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor),
+    *(_ATEN.relu.default, _ATEN.clamp_min.default, _ATEN.clamp.default, _CAST),
+}
+"""What stands between a norm and a quantizer, and costs less to compute again than to keep."""
 
 
-def compiled(objective: Any) -> Any:
+def compiled(objective: Any, *, recompute: bool = True) -> Any:
     """The objective, or its forward pass, as one graph that fuses quantizing and never keeps what it quantized.
 
     LSQ is an expression of single elements: the compiler writes it into the loops before or behind it. So it may be
     computed again in the backward pass for nothing, where a convolution's gradient needs its quantized input. There a
     quantizer's gradient is written into the loops around it only if the compiler lets expressions grow longer than it
     does by default: cut in two, each is a pass over memory.
+
+    On a processor that multiplies bytes, and within ``gates.promised_open``, float32 convolutions of what LSQ quantized
+    are of whole numbers (quantizers/integer_convolution.py).
+
+    Args:
+        objective: a module or a function.
+        recompute: cast to half precision again, too, which saves as much memory and does cost time.
     """
     # Progressive precision compiles once per width; the default limit of 8 is for other uses.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     options: dict[str, Any] = {
-        "joint_custom_post_pass": _quantize_again(),
+        "joint_custom_post_pass": _make_pass(recompute, integer_convolution.is_available()),
         "realize_reads_threshold": 8,  # scalars such as steps and gates count, too
         "realize_opcount_threshold": 60,
         **graph.OPTIONS,
@@ -31,20 +47,80 @@ def compiled(objective: Any) -> Any:
     return torch.compile(objective, fullgraph=True, options=options)
 
 
-def _quantize_again() -> Any:
+def _make_pass(recompute: bool, has_integers: bool) -> Any:
     """A pass over the graph of forward and backward, before it is cut in two."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
-    from torch.utils.checkpoint import CheckpointPolicy
 
-    class QuantizeAgain(CustomGraphPass):
+    class Pass(CustomGraphPass):
         def __call__(self, joint: fx.Graph) -> None:
-            for node in joint.nodes:
-                if node.target is graph.LSQ:
+            if has_integers:
+                for node in joint.find_nodes(op="call_function", target=_CONVOLUTION):
+                    _convolve_integers(node)
+            for node in joint.find_nodes(op="call_function", target=graph.LSQ):
+                casts = [user for user in node.users if recompute and user.target is _CAST]
+                for each in (node, *casts, *_between_norm_and(node.args[0])):
                     # One region for all of them: at a border between two, a value would be kept after all.
-                    node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 0}
+                    each.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 0}
 
         def uuid(self) -> str:
             # Part of the key of compiled graphs on disk, which hold what this file told the compiler.
-            return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+            return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {recompute} {has_integers}"
 
-    return QuantizeAgain()
+    return Pass()
+
+
+def _between_norm_and(x: fx.Node) -> list[fx.Node]:
+    """What lies between the tensor that a norm keeps for its own gradient and ``x``, element by element.
+
+    A quantizer's gradient needs ``x``; the norm's, in the same loops, needs what ``x`` is made of.
+    """
+    found: list[fx.Node] = []
+    shape = _shape(x)
+    while x.target in _ELEMENTWISE:
+        found.append(x)
+        sources = [source for source in x.all_input_nodes if _shape(source) == shape]
+        if len(sources) != 1:
+            return []
+        (x,) = sources
+    readers = [reader for user in x.users for reader in (user.users if user.target is _CAST else (user,))]
+    return found if any(reader.target is _ATEN.var_mean.correction for reader in readers) else []
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
+def _convolve_integers(node: Any) -> None:
+    """Put a convolution of whole numbers in the place of one of values that LSQ quantized, where that is faster."""
+    x, weight, bias, stride, padding, dilation, is_transposed, _, groups = node.args
+    y = node.meta["val"]
+    # In bfloat16 bytes gain nothing: the convolution takes as long, and the loops around it longer.
+    is_plain = y.device.type == "cpu" and y.dtype == torch.float32 and y.ndim == 4 and groups == 1
+    if not is_plain or is_transposed or any(each.target is not graph.LSQ for each in (x, weight)):
+        return
+    (source, step, low, high, gate), (*kernel, weight_gate) = x.args, weight.args
+    if gate is not None or weight_gate is not None:
+        return  # they say at each step whether there are codes
+    if not _are_bytes(low, high) or not _are_bytes(kernel[2], kernel[3], lowest=-128):
+        return
+    in_order = (each.meta["val"].is_contiguous(memory_format=torch.channels_last) for each in (source, node))
+    are_float = all(each.meta["val"].dtype == torch.float32 for each in (source, kernel[0]))
+    if step.meta["val"].numel() != 1 or not are_float or not all(in_order):
+        return
+    with node.graph.inserting_before(node):
+        codes = node.graph.call_function(graph.LSQ_CODES, x.args[:4])
+        codes.meta = {**x.meta, "val": torch.empty_like(source.meta["val"], dtype=torch.uint8)}
+        given = (codes, step, low, *kernel, bias, stride, padding, dilation)
+        whole = node.graph.call_function(integer_convolution.INTEGER_CONVOLUTION, given)
+        whole.meta = dict(node.meta)
+    node.replace_all_uses_with(whole)
+    node.graph.erase_node(node)
+
+
+def _are_bytes(low: Any, high: Any, lowest: int | None = None) -> bool:
+    """Whether there are at most 256 codes from ``low`` to ``high``, the first not below ``lowest``."""
+    ends = [each.args[1] for each in (low, high) if each.target is _ATEN.full.default]
+    if len(ends) == 2:
+        return (lowest is None or ends[0] >= lowest) and ends[1] <= (ends[0] if lowest is None else lowest) + 255
+    return lowest is None and high.target is _ATEN.add.Tensor and high.args[0] is low and high.args[1] in range(256)

@@ -92,9 +92,9 @@ def prepare(objective: Objective, settings: Settings, accelerator: Accelerator, 
     if is_shared:
         if settings.compile:
             # What gathers weights and shares gradients stays outside of the graph: hooks around the forward pass.
-            objective.forward = compiled(objective.forward)  # type: ignore[method-assign]
+            objective.forward = compiled(objective.forward, recompute=settings.recompute)  # type: ignore[method-assign]
         return objective
-    model: nn.Module = compiled(objective) if settings.compile else objective
+    model: nn.Module = compiled(objective, recompute=settings.recompute) if settings.compile else objective
     return model if accelerator.num_processes == 1 else cast(nn.Module, accelerator.prepare(model))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..distill import Losses, Objective
 from ..quantizers.again import QuantizingAgain
+from ..quantizers.gates import promised_open
 from .activations import CheckpointedBlocks
 from .bounds import bound_steps
 from .guard import StepGuard
@@ -61,6 +62,11 @@ class Stepper:
         if self.sharding is not None:
             self.sharding.undo()
 
+    def _are_gates_open(self) -> bool:
+        """Whether a compiled graph may rely on it; asked where that waits for no device."""
+        is_cheap = self._settings.compile and self._accelerator.device.type == "cpu"
+        return is_cheap and self._objective.is_fully_quantized
+
     def __call__(
         self, images: Tensor, labels: Tensor, lr_factor: float, where: str, answers: tuple[Tensor, ...] = ()
     ) -> tuple[dict[str, Tensor], bool]:
@@ -86,7 +92,9 @@ class Stepper:
         batch = (images, labels, *answers)
         # A compiled graph decides for itself what it keeps, and frees it piece by piece: nobody else may hold it.
         again = settings.recompute and not settings.compile
-        losses = backward(self._accelerator, self._model, batch, settings.accumulate, self.sharding, recompute=again)
+        with promised_open(self._are_gates_open()):
+            given = (self._accelerator, self._model, batch, settings.accumulate, self.sharding)
+            losses = backward(*given, recompute=again)
         if self.blocks is not None:
             self.blocks.forget()
         norm = clip_gradients(self._accelerator, self._objective, settings.clip_grad)
