@@ -1,13 +1,14 @@
 """The compiled objective against the same network step by step: numbers, gates, and what is kept in between."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fewbits as fb
-from fewbits.quantizers import Quantizer, integer_convolution
+from fewbits.quantizers import Quantizer, integer_products
 from fewbits.quantizers.gates import promised_open
 from fewbits.quantizers.lsq import lsq
 from fewbits.training.compiling import compiled
@@ -91,17 +92,18 @@ def test_bfloat16_is_the_same_network():
 
 
 @pytest.fixture
-def convolved(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes that convolutions of whole numbers took."""
-    if not integer_convolution.is_available():
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that products of whole numbers took."""
+    if not integer_products.is_available():
         pytest.skip("this processor does not multiply bytes")
-    shapes, convolve = [], integer_convolution._convolve
+    shapes: list[torch.Size] = []
 
-    def counted(codes: Tensor, *given: object) -> Tensor:
+    def counted(way: Callable[..., Tensor], codes: Tensor, *given: object) -> Tensor:
         shapes.append(codes.shape)
-        return convolve(codes, *given)  # type: ignore[arg-type]
+        return way(codes, *given)
 
-    monkeypatch.setattr(integer_convolution, "_convolve", counted)
+    for name in ("_convolve", "_multiply"):
+        monkeypatch.setattr(integer_products, name, partial(counted, getattr(integer_products, name)))
     return shapes
 
 
@@ -109,32 +111,32 @@ def in_channels_last(student: nn.Module, images: Tensor) -> tuple[nn.Module, Ten
     return student.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
 
 
-def test_whole_numbers_where_gates_stay_open(convolved):
+def test_whole_numbers_where_gates_stay_open(multiplied):
     student, images = in_channels_last(*made())
     student.eval()
     run = compiled(student)
     (logits, grads), (fast, fast_grads) = taken(student, student, images), taken(run, student, images)
-    assert not convolved
+    assert not multiplied
     with promised_open(True):
         whole, whole_grads = taken(run, student, images)
-    assert len(convolved) == 2
+    assert len(multiplied) == 2
     for found, gradients in ((fast, fast_grads), (whole, whole_grads)):
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
         for name, grad in grads.items():
             torch.testing.assert_close(gradients[name], grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_gates_count_again_without_the_promise(convolved):
+def test_gates_count_again_without_the_promise(multiplied):
     student, images = in_channels_last(*made())
     run = compiled(student.eval())
     with promised_open(True):
         run(images)
-    convolved.clear()
+    multiplied.clear()
     for module in student.modules():
         if isinstance(module, Quantizer):
             module.enabled.fill_(False)
     torch.testing.assert_close(run(images), student(images), rtol=1e-4, atol=1e-4)
-    assert not convolved
+    assert not multiplied
 
 
 class Wide(nn.Module):
@@ -155,11 +157,11 @@ class Wide(nn.Module):
     ("bounds", "are_whole"),
     [((255, -128, 127), True), ((256, -8, 7), False), ((15, -129, 100), False), ((15, -8, 128), False)],
 )
-def test_what_is_no_byte_stays_float(convolved, bounds, are_whole):
+def test_what_is_no_byte_stays_float(multiplied, bounds, are_whole):
     torch.manual_seed(0)
     network, images = in_channels_last(Wide(*bounds), 4 * torch.rand(2, 4, 6, 6))
     torch.testing.assert_close(compiled(network)(images), network(images), rtol=1e-5, atol=1e-5)
-    assert bool(convolved) == are_whole
+    assert bool(multiplied) == are_whole
 
 
 class Block(nn.Module):
@@ -207,11 +209,37 @@ def test_half_precision_is_kept_on_request():
     assert sizes[0] < 0.8 * sizes[1]
 
 
-def test_values_that_are_no_numbers_are_seen(convolved):
+def test_values_that_are_no_numbers_are_seen(multiplied):
     student, images = in_channels_last(*made())
     images[0, 0, 0, 0] = float("nan")
     run = compiled(student)
     with promised_open(True):
         _, grads = taken(run, student, images)
-    assert convolved
+    assert multiplied
     assert any(not grad.isfinite().all() for grad in grads.values())
+
+
+class Attending(nn.Module):
+    """A block of a transformer without its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16, bias=False)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.second(nn.functional.gelu(self.first(self.norm(x))))).mean(1))
+
+
+def test_matrices_of_whole_numbers(multiplied):
+    torch.manual_seed(0)
+    student, tokens = fb.quantize(Attending(), 4, 4, residual=None), torch.randn(8, 20, 16)
+    fb.calibrate(student, [tokens])
+    run = compiled(student)
+    logits, grads = taken(student, student, tokens)
+    with promised_open(True):
+        fast, fast_grads = taken(run, student, tokens)
+    assert multiplied == [(160, 16), (160, 32)]  # the head's eight rows are not worth it
+    torch.testing.assert_close(fast, logits, rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fast_grads[name], grad, rtol=1e-3, atol=1e-4, msg=name)

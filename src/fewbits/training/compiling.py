@@ -10,15 +10,17 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ..quantizers import graph, integer_convolution
+from ..quantizers import graph, integer_products
 
 _ATEN = torch.ops.aten
-_CONVOLUTION, _CAST = _ATEN.convolution.default, torch.ops.prims.convert_element_type.default
+_CAST = torch.ops.prims.convert_element_type.default
 _ELEMENTWISE = {
     *(_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor),
     *(_ATEN.relu.default, _ATEN.clamp_min.default, _ATEN.clamp.default, _CAST),
 }
 """What stands between a norm and a quantizer, and costs less to compute again than to keep."""
+_MANY_ROWS = 64
+"""Of a matrix, so that packing the other one is worth its time."""
 
 
 def compiled(objective: Any, *, recompute: bool = True) -> Any:
@@ -29,8 +31,8 @@ def compiled(objective: Any, *, recompute: bool = True) -> Any:
     quantizer's gradient is written into the loops around it only if the compiler lets expressions grow longer than it
     does by default: cut in two, each is a pass over memory.
 
-    On a processor that multiplies bytes, and within ``gates.promised_open``, float32 convolutions of what LSQ quantized
-    are of whole numbers (quantizers/integer_convolution.py).
+    On a processor that multiplies bytes, and within ``gates.promised_open``, float32 convolutions and matrix
+    products of what LSQ quantized are of whole numbers (quantizers/integer_products.py).
 
     Args:
         objective: a module or a function.
@@ -39,7 +41,7 @@ def compiled(objective: Any, *, recompute: bool = True) -> Any:
     # Progressive precision compiles once per width; the default limit of 8 is for other uses.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     options: dict[str, Any] = {
-        "joint_custom_post_pass": _make_pass(recompute, integer_convolution.is_available()),
+        "joint_custom_post_pass": _make_pass(recompute, integer_products.is_available()),
         "realize_reads_threshold": 8,  # scalars such as steps and gates count, too
         "realize_opcount_threshold": 60,
         **graph.OPTIONS,
@@ -54,8 +56,9 @@ def _make_pass(recompute: bool, has_integers: bool) -> Any:
     class Pass(CustomGraphPass):
         def __call__(self, joint: fx.Graph) -> None:
             if has_integers:
-                for node in joint.find_nodes(op="call_function", target=_CONVOLUTION):
-                    _convolve_integers(node)
+                for target, way in _PRODUCTS.items():
+                    for node in joint.find_nodes(op="call_function", target=target):
+                        way(node)
             for node in joint.find_nodes(op="call_function", target=graph.LSQ):
                 casts = [user for user in node.users if recompute and user.target is _CAST]
                 for each in (node, *casts, *_between_norm_and(node.args[0])):
@@ -93,29 +96,64 @@ def _shape(node: fx.Node) -> torch.Size | None:
 
 def _convolve_integers(node: Any) -> None:
     """Put a convolution of whole numbers in the place of one of values that LSQ quantized, where that is faster."""
-    x, weight, bias, stride, padding, dilation, is_transposed, _, groups = node.args
+    x, weight, bias, *place, is_transposed, _, groups = node.args
     y = node.meta["val"]
-    # In bfloat16 bytes gain nothing: the convolution takes as long, and the loops around it longer.
-    is_plain = y.device.type == "cpu" and y.dtype == torch.float32 and y.ndim == 4 and groups == 1
-    if not is_plain or is_transposed or any(each.target is not graph.LSQ for each in (x, weight)):
+    if not _have_codes(x, weight) or y.ndim != 4 or is_transposed or groups != 1:
         return
-    (source, step, low, high, gate), (*kernel, weight_gate) = x.args, weight.args
+    if all(each.meta["val"].is_contiguous(memory_format=torch.channels_last) for each in (x.args[0], node)):
+        _replace(node, x, weight, bias, None, place)
+
+
+def _multiply_integers(node: Any) -> None:
+    """The same for a product of a matrix and a layer's weight."""
+    *bias, x, weight = node.args
+    rows = x
+    while x.target in (_ATEN.view.default, _ATEN.reshape.default):
+        x = x.args[0]
+    is_weight = weight.target in (_ATEN.permute.default, _ATEN.t.default)
+    if node.kwargs or not is_weight or not _have_codes(x, weight.args[0]):
+        return
+    if rows.meta["val"].is_contiguous() and x.meta["val"].is_contiguous() and len(rows.meta["val"]) >= _MANY_ROWS:
+        _replace(node, x, weight.args[0], bias[0] if bias else None, rows, [])
+
+
+_PRODUCTS = {
+    _ATEN.convolution.default: _convolve_integers,
+    _ATEN.addmm.default: _multiply_integers,
+    _ATEN.mm.default: _multiply_integers,
+}
+
+
+def _have_codes(x: Any, weight: Any) -> bool:
+    """Whether both are what LSQ quantized, with gates open, to codes that are bytes."""
+    if any(not isinstance(each, fx.Node) or each.target is not graph.LSQ for each in (x, weight)):
+        return False
+    (source, step, low, high, gate), (kernel, _, lowest, highest, weight_gate) = x.args, weight.args
     if gate is not None or weight_gate is not None:
-        return  # they say at each step whether there are codes
-    if not _are_bytes(low, high) or not _are_bytes(kernel[2], kernel[3], lowest=-128):
-        return
-    in_order = (each.meta["val"].is_contiguous(memory_format=torch.channels_last) for each in (source, node))
-    are_float = all(each.meta["val"].dtype == torch.float32 for each in (source, kernel[0]))
-    if step.meta["val"].numel() != 1 or not are_float or not all(in_order):
-        return
-    with node.graph.inserting_before(node):
-        codes = node.graph.call_function(graph.LSQ_CODES, x.args[:4])
+        return False  # they say at each step whether there are codes
+    values = [each.meta["val"] for each in (source, kernel)]
+    # In bfloat16 bytes gain nothing: the product takes as long, and the loops around it longer.
+    are_known = all(value.dtype == torch.float32 and value.device.type == "cpu" for value in values)
+    is_one_step = step.meta["val"].numel() == 1
+    return are_known and is_one_step and _are_bytes(low, high) and _are_bytes(lowest, highest, lowest=-128)
+
+
+def _replace(node: fx.Node, x: Any, weight: Any, bias: Any, rows: fx.Node | None, place: list[Any]) -> None:
+    """``rows``: a matrix with the values of ``x``, if that has more dimensions."""
+    source, step, low, high, _ = x.args
+    joint = node.graph
+    with joint.inserting_before(node):
+        codes = joint.call_function(graph.LSQ_CODES, (source, step, low, high))
         codes.meta = {**x.meta, "val": torch.empty_like(source.meta["val"], dtype=torch.uint8)}
-        given = (codes, step, low, *kernel, bias, stride, padding, dilation)
-        whole = node.graph.call_function(integer_convolution.INTEGER_CONVOLUTION, given)
+        if rows is not None and rows is not x:
+            shape = [*rows.meta["val"].shape]
+            codes = joint.call_function(_ATEN.view.default, (codes, shape))
+            codes.meta = {**rows.meta, "val": torch.empty_like(rows.meta["val"], dtype=torch.uint8)}
+        target = integer_products.INTEGER_CONVOLUTION if rows is None else integer_products.INTEGER_LINEAR
+        whole = joint.call_function(target, (codes, step, low, *weight.args[:-1], bias, *place))
         whole.meta = dict(node.meta)
     node.replace_all_uses_with(whole)
-    node.graph.erase_node(node)
+    joint.erase_node(node)
 
 
 def _are_bytes(low: Any, high: Any, lowest: int | None = None) -> bool:

@@ -1,10 +1,10 @@
-"""Convolutions of whole numbers against those of float64, which holds every sum exactly."""
+"""Products of whole numbers against those of float64, which holds every sum exactly."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fewbits.quantizers.integer_convolution import INTEGER_CONVOLUTION, is_available
+from fewbits.quantizers.integer_products import INTEGER_CONVOLUTION, INTEGER_LINEAR, is_available
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="this processor does not multiply bytes")
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="this processor does 
     ("size", "kernel", "stride", "padding", "dilation"),
     [(9, 3, 1, 1, 1), (9, 3, 2, 1, 1), (8, 1, 2, 0, 1), (12, 3, 1, 2, 2), (16, 7, 2, 3, 1)],
 )
-def test_only_the_product_is_rounded(bits, zero_point, per_channel, size, kernel, stride, padding, dilation):
+def test_only_the_result_is_rounded(bits, zero_point, per_channel, size, kernel, stride, padding, dilation):
     torch.manual_seed(bits)
     codes = torch.randint(2**bits, (3, 20, size, size), dtype=torch.uint8).to(memory_format=torch.channels_last)
     low, high = -(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1
@@ -41,3 +41,19 @@ def test_a_step_of_zero_is_the_smallest_one():
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     given = (torch.ones(4, 4, 1, 1), one, -one, one, None, [1, 1], [0, 0], [1, 1])
     assert INTEGER_CONVOLUTION(codes, zero, zero, *given).max() == pytest.approx(4e-8)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zero_point", [0, 3])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_matrices(bits, zero_point, per_channel):
+    torch.manual_seed(bits)
+    codes = torch.randint(2**bits, (70, 33), dtype=torch.uint8)
+    low, high = -(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1
+    weight, bias = torch.randn(10, 33), torch.randn(10)
+    step = torch.rand(10, 1).add(0.5) if per_channel else torch.tensor(0.3)
+    bounds = torch.tensor(float(low)), torch.tensor(float(high))
+    y = INTEGER_LINEAR(codes, torch.tensor(0.1), torch.tensor(-float(zero_point)), weight, step, *bounds, bias)
+    whole = (codes.double() - zero_point) @ (weight / step).round().clamp(low, high).double().T
+    wanted = whole * (torch.tensor(0.1).double() * step.double().view(1, -1)) + bias.double()
+    torch.testing.assert_close(y.double(), wanted, rtol=3e-7, atol=3e-7 * float(wanted.abs().max()))
