@@ -26,7 +26,7 @@ SIZE, IMAGES = 224, 8
 def saved_bytes(objective: nn.Module, images: Tensor, labels: Tensor, *, bf16: bool, recompute: bool) -> int:
     """Bytes that a forward pass leaves taken."""
     with (
-        promised_open(True),
+        promised_open(objective),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         QuantizingAgain() if recompute else nullcontext(),

@@ -117,7 +117,7 @@ def test_whole_numbers_where_gates_stay_open(multiplied):
     run = compiled(student)
     (logits, grads), (fast, fast_grads) = taken(student, student, images), taken(run, student, images)
     assert not multiplied
-    with promised_open(True):
+    with promised_open(student):
         whole, whole_grads = taken(run, student, images)
     assert len(multiplied) == 2
     for found, gradients in ((fast, fast_grads), (whole, whole_grads)):
@@ -129,7 +129,7 @@ def test_whole_numbers_where_gates_stay_open(multiplied):
 def test_gates_count_again_without_the_promise(multiplied):
     student, images = in_channels_last(*made())
     run = compiled(student.eval())
-    with promised_open(True):
+    with promised_open(student):
         run(images)
     multiplied.clear()
     for module in student.modules():
@@ -160,7 +160,8 @@ class Wide(nn.Module):
 def test_what_is_no_byte_stays_float(multiplied, bounds, are_whole):
     torch.manual_seed(0)
     network, images = in_channels_last(Wide(*bounds), 4 * torch.rand(2, 4, 6, 6))
-    torch.testing.assert_close(compiled(network)(images), network(images), rtol=1e-5, atol=1e-5)
+    (wanted, _), (found, _) = taken(network, network, images), taken(compiled(network), network, images)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert bool(multiplied) == are_whole
 
 
@@ -213,7 +214,7 @@ def test_values_that_are_no_numbers_are_seen(multiplied):
     student, images = in_channels_last(*made())
     images[0, 0, 0, 0] = float("nan")
     run = compiled(student)
-    with promised_open(True):
+    with promised_open(student):
         _, grads = taken(run, student, images)
     assert multiplied
     assert any(not grad.isfinite().all() for grad in grads.values())
@@ -237,9 +238,32 @@ def test_matrices_of_whole_numbers(multiplied):
     fb.calibrate(student, [tokens])
     run = compiled(student)
     logits, grads = taken(student, student, tokens)
-    with promised_open(True):
+    with promised_open(student):
         fast, fast_grads = taken(run, student, tokens)
     assert multiplied == [(160, 16), (160, 32)]  # the head's eight rows are not worth it
     torch.testing.assert_close(fast, logits, rtol=1e-4, atol=1e-4)
     for name, grad in grads.items():
         torch.testing.assert_close(fast_grads[name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_frozen_layer_cannot_hide_what_is_no_number(multiplied):
+    """Bytes hold no NaN: only where a step's gradient shows one are there bytes."""
+    student, images = in_channels_last(*made())
+    student.stem.requires_grad_(False)
+    images[0, 0, 0, 0] = float("nan")
+    with promised_open(student):
+        logits, _ = taken(compiled(student), student, images)
+    assert multiplied == [(4, 8, 8, 8)]  # the second convolution's
+    assert not logits.isfinite().all()
+
+
+def test_a_map_that_is_too_narrow(multiplied):
+    student, images = in_channels_last(*made())
+    student.conv.stride = (2, 2)
+    student.last = nn.Identity()
+    student.forward = lambda x: student.head(student.conv(student.first(student.stem(x))).mean((2, 3)))  # type: ignore[method-assign]
+    tall = images.repeat(1, 1, 4, 1)[..., :2].contiguous(memory_format=torch.channels_last)
+    with promised_open(student):
+        whole, _ = taken(compiled(student), student, tall)
+    assert not multiplied
+    torch.testing.assert_close(whole, student(tall), rtol=1e-4, atol=1e-4)

@@ -129,7 +129,7 @@ def test_a_compiled_graph_is_left_alone(recompute: int, compiled: int, wanted: b
 def test_what_compiled_graphs_may_rely_on(monkeypatch, recipe, is_promised):
     """Gates that a schedule closes, or somebody's hand, are read by the graph."""
     seen = []
-    monkeypatch.setattr("fewbits.training.step.promised_open", lambda promise: nullcontext(seen.append(promise)))
+    monkeypatch.setattr("fewbits.training.step.promised_open", lambda _, promise: nullcontext(seen.append(promise)))
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     student, images = quantize(teacher, 4, 4), torch.randn(4, 3, 6, 6)
     objective = RECIPES[recipe]().objective(student, teacher, batches=[images])

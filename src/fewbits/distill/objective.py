@@ -235,7 +235,9 @@ class Objective(nn.Module):
     @property
     def is_fully_quantized(self) -> bool:
         """Whether every gate is open, and no schedule closes one in the next step."""
-        return self._precision == Precision() and is_fully_quantized(self)
+        asked = self._precision
+        is_steady = asked is not None and asked.weights and asked.activations and asked.probability >= 1
+        return is_steady and is_fully_quantized(self)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for what is trained; a network that is not stays in eval mode."""

@@ -9,8 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from . import gates
-
 Role = Literal["weight", "activation"]
 Granularity = Literal["tensor", "channel"]
 Start = Literal["data", "paper"]
@@ -121,6 +119,9 @@ class Quantizer(nn.Module, ABC):
     rate: ClassVar[float] = 1.0
     """Factor on the learning rate of the method's own parameters, where its paper has another one for them."""
 
+    stays_open: bool = False
+    """Whether compiled graphs may rely on an open gate; see ``gates.promised_open``."""
+
     enabled: Tensor
     calibrated: Tensor
 
@@ -129,6 +130,7 @@ class Quantizer(nn.Module, ABC):
         self.spec = spec
         self.num_channels = num_channels
         self.channel_dim = channel_dim
+        self.stays_open = False
         self.register_buffer("enabled", torch.tensor(True))
         self.register_buffer("calibrated", torch.tensor(False))
 
@@ -155,7 +157,7 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x`` (any shape; computed and returned in float32), or pass it on while the gate is closed."""
         x = x.float()
-        if gates.are_open if torch.compiler.is_compiling() else self._reads_buffers() and bool(self.enabled):
+        if self.stays_open if torch.compiler.is_compiling() else self._reads_buffers() and bool(self.enabled):
             return self.fake_quantize(x)
         return torch.where(self.enabled, self.fake_quantize(x), self.bypass(x))
 

@@ -1,4 +1,4 @@
-"""A promise to compiled graphs: every quantizer's gate is open.
+"""A promise to compiled graphs: the gates of these quantizers are open.
 
 A graph reads gates as tensors, so that closing one never recompiles; then it must have both, what a quantizer gives and
 what it was given. Whoever knows that no gate closes says so, and gets a graph without gates.
@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-are_open = False
-"""Whether it was promised. The compiler remembers what it was, and compiles a second graph when it is not."""
+from torch import nn
+
+from .base import Quantizer
 
 
 @contextmanager
-def promised_open(promise: bool) -> Iterator[None]:
-    """Within it compiled graphs rely on ``promise``."""
-    global are_open
-    before, are_open = are_open, promise
+def promised_open(network: nn.Module, promise: bool = True) -> Iterator[None]:
+    """Within it compiled graphs of ``network`` rely on ``promise``; with another one there is a second graph."""
+    found = [module for module in network.modules() if promise and isinstance(module, Quantizer)]
+    for quantizer in found:
+        quantizer.stays_open = True
     try:
         yield
     finally:
-        are_open = before
+        for quantizer in found:
+            quantizer.stays_open = False

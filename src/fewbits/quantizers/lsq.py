@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fused, gates, graph, native
+from . import fused, graph, native
 from .base import Codes, Quantizer, QuantSpec
 from .native import Bound
 from .rounding import SMALLEST_STEP, positive, scaled_sign, sign_ste, to_codes
@@ -182,7 +182,7 @@ class _LSQ(Quantizer):
         step, low, high, gradient_scale = self._grid(x)
         if not _fits_one_pass(x, step, low, high):
             return super().forward(x)
-        is_open = gates.are_open and torch.compiler.is_compiling()
+        is_open = self.stays_open and torch.compiler.is_compiling()
         return _in_one_pass(x, step, low, high, gradient_scale, None if is_open else self.enabled)
 
 

@@ -66,8 +66,9 @@ def _make_pass(recompute: bool, has_integers: bool) -> Any:
                     each.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 0}
 
         def uuid(self) -> str:
-            # Part of the key of compiled graphs on disk, which hold what this file told the compiler.
-            return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {recompute} {has_integers}"
+            # Part of the key of compiled graphs on disk, which hold what these files told the compiler.
+            files = b"".join(Path(file).read_bytes() for file in (__file__, graph.__file__, integer_products.__file__))
+            return f"{hashlib.sha256(files).hexdigest()} {recompute} {has_integers}"
 
     return Pass()
 
@@ -100,6 +101,8 @@ def _convolve_integers(node: Any) -> None:
     y = node.meta["val"]
     if not _have_codes(x, weight) or y.ndim != 4 or is_transposed or groups != 1:
         return
+    if not integer_products.takes(*(each.meta["val"].shape for each in (x, weight)), *place):
+        return
     if all(each.meta["val"].is_contiguous(memory_format=torch.channels_last) for each in (x.args[0], node)):
         _replace(node, x, weight, bias, None, place)
 
@@ -112,6 +115,8 @@ def _multiply_integers(node: Any) -> None:
         x = x.args[0]
     is_weight = weight.target in (_ATEN.permute.default, _ATEN.t.default)
     if node.kwargs or not is_weight or not _have_codes(x, weight.args[0]):
+        return
+    if weight.meta["val"].shape[0] > integer_products.MOST_TERMS:
         return
     if rows.meta["val"].is_contiguous() and x.meta["val"].is_contiguous() and len(rows.meta["val"]) >= _MANY_ROWS:
         _replace(node, x, weight.args[0], bias[0] if bias else None, rows, [])
@@ -134,8 +139,15 @@ def _have_codes(x: Any, weight: Any) -> bool:
     values = [each.meta["val"] for each in (source, kernel)]
     # In bfloat16 bytes gain nothing: the product takes as long, and the loops around it longer.
     are_known = all(value.dtype == torch.float32 and value.device.type == "cpu" for value in values)
-    is_one_step = step.meta["val"].numel() == 1
+    is_one_step = step.meta["val"].numel() == 1 and all(_has_gradient(each) for each in (x, weight))
     return are_known and is_one_step and _are_bytes(low, high) and _are_bytes(lowest, highest, lowest=-128)
+
+
+def _has_gradient(quantized: Any) -> bool:
+    """Whether its step has one, which shows a NaN that bytes would hide."""
+    x, step, *_ = quantized.args
+    made = (user for user in step.users if user.target is graph.LSQ_BACKWARD and user.args[0] is x)
+    return any(part.args[1] == 1 and part.users for each in made for part in each.users)
 
 
 def _replace(node: fx.Node, x: Any, weight: Any, bias: Any, rows: fx.Node | None, place: list[Any]) -> None:

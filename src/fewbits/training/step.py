@@ -92,7 +92,7 @@ class Stepper:
         batch = (images, labels, *answers)
         # A compiled graph decides for itself what it keeps, and frees it piece by piece: nobody else may hold it.
         again = settings.recompute and not settings.compile
-        with promised_open(self._are_gates_open()):
+        with promised_open(self._objective, self._are_gates_open()):
             given = (self._accelerator, self._model, batch, settings.accumulate, self.sharding)
             losses = backward(*given, recompute=again)
         if self.blocks is not None:
