@@ -7,6 +7,7 @@ from .deploy import Exported, Packed, ParityError, export, freeze_ranges, load_p
 from .distill import Losses, Networks, Objective
 from .integers import settle_biases
 from .quantizers import Codes, Quantizer, QuantSpec
+from .quantizers.again import QuantizingAgain
 from .recipes import Recipe
 from .report import report
 from .summary import Summary, summarize
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "QuantSpec",
     "Quantizer",
+    "QuantizingAgain",
     "Recipe",
     "Result",
     "Rule",
