@@ -206,6 +206,7 @@ def test_every_code_of_a_settled_network_is_the_engines(method: str, bits: int, 
     assert found.equal_predictions == 1.0
 
 
+@pytest.mark.usefixtures("shared_data")
 def test_a_settled_stem_is_read_once(tmp_path: Path):
     """Where a rounded bias would give other codes the stem reads its channels several times over."""
     data = fb.data.load("cifar10")
