@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.quantizers import METHODS, Quantizer, QuantSpec, build, graph, inductor
-from fewbits.quantizers.lsq import lsq
+from fewbits.quantizers.learned_step import lsq
 
 # torch.compile itself makes an object of torch.autograd.Function when it traces one.
 pytestmark = pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quantizers import QuantSpec, build, fused, graph, native
-from fewbits.quantizers.lsq import lsq
+from fewbits.quantizers.learned_step import lsq
 from fewbits.recipes import make
 from fewbits.training import Settings
 from fewbits.training.setup import remarks

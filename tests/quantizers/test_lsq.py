@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.quantizers import QuantSpec, build
-from fewbits.quantizers.lsq import LSQActivation, LSQWeight, lsq
+from fewbits.quantizers.learned_step import lsq
+from fewbits.quantizers.lsq import LSQActivation, LSQWeight
 
 F = np.float32
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quantizers import QuantSpec, build, library, native
-from fewbits.quantizers.lsq import lsq
+from fewbits.quantizers.learned_step import lsq
 from fewbits.quantizers.rounding import sign_polynomial, sign_ste
 from fewbits.quantizers.sums import BLOCK, halved_sum
 
@@ -365,7 +365,7 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @needs_native
 def test_functions_that_compute_something_else_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wrong = tmp_path / "kernels.cpp"
-    wrong.write_text(library.SOURCE.read_text().replace("std::rint(load", "std::floor(load"))
+    wrong.write_text(library.SOURCE.read_text().replace("std::rint(front", "std::floor(front"))
     monkeypatch.setattr(library, "SOURCE", wrong)
     assert "not what PyTorch computes" in reason_in(tmp_path, monkeypatch)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quantizers import tiles
-from fewbits.quantizers.lsq import lsq
+from fewbits.quantizers.learned_step import lsq
 from fewbits.quantizers.rounding import sign_polynomial, sign_ste
 from fewbits.quantizers.tiles import in_tiles, indicator
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fewbits as fb
 from fewbits.quantizers import Quantizer, integer_products
 from fewbits.quantizers.gates import promised_open
-from fewbits.quantizers.lsq import lsq
+from fewbits.quantizers.learned_step import lsq
 from fewbits.training.compiling import compiled
 
 pytestmark = [

@@ -115,9 +115,10 @@ def _runs_once(quantizer: nn.Module) -> bool:
 
 
 def _state(quantizer: nn.Module) -> tuple[Any, ...]:
-    """What changes when a quantizer does: its bits, and how often its numbers were written."""
+    """What changes when a quantizer does: what it computes, its bits, and how often its numbers were written."""
     numbers = (*quantizer._parameters.values(), *quantizer._buffers.values())
-    return getattr(quantizer, "spec", None), *(each._version for each in numbers if each is not None)
+    told = vars(quantizer).get("forward"), getattr(quantizer, "spec", None)
+    return *told, *(each._version for each in numbers if each is not None)
 
 
 class _Active(threading.local):

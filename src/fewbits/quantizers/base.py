@@ -119,7 +119,7 @@ class Quantizer(nn.Module, ABC):
     rate: ClassVar[float] = 1.0
     """Factor on the learning rate of the method's own parameters, where its paper has another one for them."""
 
-    stays_open: bool = False
+    stays_open: bool
     """Whether compiled graphs may rely on an open gate; see ``gates.promised_open``."""
 
     enabled: Tensor
@@ -130,7 +130,7 @@ class Quantizer(nn.Module, ABC):
         self.spec = spec
         self.num_channels = num_channels
         self.channel_dim = channel_dim
-        self.stays_open = False
+        self.stays_open = False  # in each: graphs are guarded by what an object has, not by what its class has
         self.register_buffer("enabled", torch.tensor(True))
         self.register_buffer("calibrated", torch.tensor(False))
 
@@ -157,7 +157,8 @@ class Quantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x`` (any shape; computed and returned in float32), or pass it on while the gate is closed."""
         x = x.float()
-        if self.stays_open if torch.compiler.is_compiling() else self._reads_buffers() and bool(self.enabled):
+        is_open = self.stays_open if torch.compiler.is_compiling() else self._reads_buffers() and bool(self.enabled)
+        if is_open:
             return self.fake_quantize(x)
         return torch.where(self.enabled, self.fake_quantize(x), self.bypass(x))
 

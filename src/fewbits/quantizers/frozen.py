@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Codes, Quantizer, QuantSpec
-from .lsq import lsq
+from .learned_step import lsq
 from .rounding import SMALLEST_STEP, to_codes
 
 

@@ -45,7 +45,7 @@ def serves(x: Tensor, *parameters: Tensor) -> bool:
 
 
 def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, gate: Tensor | None = None) -> Tensor:
-    """LSQ forward, see ``lsq.lsq``; ``x`` while the ``gate`` is closed.
+    """LSQ forward, see ``learned_step.lsq``; ``x`` while the ``gate`` is closed.
 
     Args:
         x: values, any shape, float32 or bfloat16.

@@ -118,67 +118,30 @@ def _quantized(weight: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple
     return to_codes(weight, step, low, high).to(torch.int8).contiguous(), step.reshape(-1)
 
 
-@torch.library.register_fake(_CONVOLUTION)  # type: ignore[untyped-decorator]
-def _(
-    codes: Tensor,
-    step: Tensor,
-    low: Tensor,
-    weight: Tensor,
-    weight_step: Tensor,
-    weight_low: Tensor,
-    weight_high: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    x = torch.empty_like(codes, dtype=weight.dtype)
-    y = torch.ops.aten.convolution.default(x, weight, None, stride, padding, dilation, False, [0, 0], 1)
-    return torch.empty_like(y, memory_format=torch.channels_last)
+def _in_codes(codes: Tensor, step: Tensor, low: Tensor, weight: Tensor, *given: Any) -> tuple[Any, ...]:
+    """What oneDNN takes of what an operator is given: numbers, and the weight's codes."""
+    weight_step, weight_low, weight_high, *others = given
+    whole = _quantized(weight, weight_step, weight_low, weight_high)
+    return codes, max(step.item(), SMALLEST_STEP), -int(low), *whole, *others
 
 
 @torch.library.impl(_CONVOLUTION, "CPU")
-def _(
-    codes: Tensor,
-    step: Tensor,
-    low: Tensor,
-    weight: Tensor,
-    weight_step: Tensor,
-    weight_low: Tensor,
-    weight_high: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    whole = _quantized(weight, weight_step, weight_low, weight_high)
-    return _convolve(codes, max(step.item(), SMALLEST_STEP), -int(low), *whole, bias, stride, padding, dilation)
-
-
-@torch.library.register_fake(_LINEAR)  # type: ignore[untyped-decorator]
-def _(
-    codes: Tensor,
-    step: Tensor,
-    low: Tensor,
-    weight: Tensor,
-    weight_step: Tensor,
-    weight_low: Tensor,
-    weight_high: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    return weight.new_empty(codes.shape[0], weight.shape[0])
+def _(*given: Any) -> Tensor:
+    return _convolve(*_in_codes(*given))
 
 
 @torch.library.impl(_LINEAR, "CPU")
-def _(
-    codes: Tensor,
-    step: Tensor,
-    low: Tensor,
-    weight: Tensor,
-    weight_step: Tensor,
-    weight_low: Tensor,
-    weight_high: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    whole = _quantized(weight, weight_step, weight_low, weight_high)
-    return _multiply(codes, max(step.item(), SMALLEST_STEP), -int(low), *whole, bias)
+def _(*given: Any) -> Tensor:
+    return _multiply(*_in_codes(*given))
+
+
+@torch.library.register_fake(_CONVOLUTION)  # type: ignore[untyped-decorator]
+def _(codes: Tensor, step: Tensor, low: Tensor, weight: Tensor, *given: Any) -> Tensor:
+    x, place = torch.empty_like(codes, dtype=weight.dtype), given[-3:]
+    y = torch.ops.aten.convolution.default(x, weight, None, *place, False, [0, 0], 1)
+    return torch.empty_like(y, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake(_LINEAR)  # type: ignore[untyped-decorator]
+def _(codes: Tensor, step: Tensor, low: Tensor, weight: Tensor, *given: Any) -> Tensor:
+    return weight.new_empty(codes.shape[0], weight.shape[0])

@@ -41,6 +41,22 @@ inline float clip(float value, float low, float high) {
     return value > high ? high : value;
 }
 
+// What stands in front of a quantizer: nothing, or a ReLU, whose result may end at a ceiling.
+struct Nothing {
+    float operator()(float value) const { return value; }
+    bool passes(float) const { return true; }
+};
+
+struct ReLU {
+    float ceiling;
+
+    float operator()(float value) const {
+        value = value <= 0.0f ? 0.0f : value;
+        return value > ceiling ? ceiling : value;
+    }
+    bool passes(float value) const { return !(value <= 0.0f) && !(value >= ceiling); }  // a gradient; of NaN, too
+};
+
 inline float at_least(float step) { return step < SMALLEST_STEP ? SMALLEST_STEP : step; }
 
 long blocks_of(long inner) { return (inner + BLOCK - 1) / BLOCK; }
@@ -74,23 +90,23 @@ float halved(float *values, long size) {
     return values[0];
 }
 
-template <typename X>
-void lsq(const X *__restrict x, float *__restrict y, long groups, long inner, const float *steps, float low, float high,
-         int threads) {
+template <typename X, typename Front>
+void lsq(const X *__restrict x, Front front, float *__restrict y, long groups, long inner, const float *steps,
+         float low, float high, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long which = 0; which < groups * blocks_of(inner); which++) {
         const Block block(which, inner);
         const X *__restrict from = x + block.first;
         float *__restrict to = y + block.first;
         const float step = at_least(steps[block.group]);
-        for (long i = 0; i < block.size; i++) to[i] = clip(std::rint(load(from[i]) / step), low, high) * step;
+        for (long i = 0; i < block.size; i++) to[i] = clip(std::rint(front(load(from[i])) / step), low, high) * step;
     }
 }
 
-template <typename X, typename G>
-void lsq_backward(const X *__restrict x, const G *__restrict grad, X *__restrict grad_x, float *__restrict grad_steps,
-                  float *__restrict sums, long groups, long inner, const float *steps, float low, float high,
-                  float gradient_scale, int threads) {
+template <typename X, typename G, typename Front>
+void lsq_backward(const X *__restrict x, Front front, const G *__restrict grad, X *__restrict grad_x,
+                  float *__restrict grad_steps, float *__restrict sums, long groups, long inner, const float *steps,
+                  float low, float high, float gradient_scale, int threads) {
     const long room = power_of_two(blocks_of(inner));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long which = 0; which < groups * blocks_of(inner); which++) {
@@ -101,9 +117,9 @@ void lsq_backward(const X *__restrict x, const G *__restrict grad, X *__restrict
         const float step = at_least(steps[block.group]);
         alignas(64) float share[BLOCK];
         for (long i = 0; i < block.size; i++) {
-            const float g = load(given[i]), scaled = load(from[i]) / step, clipped = clip(scaled, low, high);
-            const float inside = scaled == clipped ? 1.0f : 0.0f;
-            store(to[i], g * inside);
+            const float g = load(given[i]), value = load(from[i]), scaled = front(value) / step;
+            const float clipped = clip(scaled, low, high), inside = scaled == clipped ? 1.0f : 0.0f;
+            store(to[i], front.passes(value) ? g * inside : 0.0f);
             share[i] = g * (std::rint(clipped) - clipped * inside);
         }
         sums[block.group * room + block.number] = halved(share, block.size);
@@ -124,23 +140,34 @@ void each(long size, int threads, Function function) {
     }
 }
 
+template <typename Function>
+void with_front(float ceiling, Function function) {
+    ceiling > 0.0f ? function(ReLU{ceiling}) : function(Nothing{});
+}
+
 }  // namespace
 
 extern "C" {
 
-// The types of memory: 0 is float32, 1 is bfloat16. Bounds may be values of tensors.
-void fewbits_lsq(const void *x, int x_type, float *y, long groups, long inner, const float *steps, const float *low,
-                 const float *high, int threads) {
-    const auto run = [&](auto *from) { lsq(from, y, groups, inner, steps, *low, *high, threads); };
-    x_type ? run(static_cast<const bfloat16 *>(x)) : run(static_cast<const float *>(x));
+// The types of memory: 0 is float32, 1 is bfloat16. Bounds may be values of tensors. A ceiling is that of the ReLU in
+// front, infinity where it has none; 0 is no ReLU.
+void fewbits_lsq(const void *x, int x_type, float ceiling, float *y, long groups, long inner, const float *steps,
+                 const float *low, const float *high, int threads) {
+    with_front(ceiling, [&](auto front) {
+        const auto run = [&](auto *from) { lsq(from, front, y, groups, inner, steps, *low, *high, threads); };
+        x_type ? run(static_cast<const bfloat16 *>(x)) : run(static_cast<const float *>(x));
+    });
 }
 
 // grad_steps: one for each group. sums: room for a power of two of blocks for each group.
-void fewbits_lsq_backward(const void *x, int x_type, const void *grad, int grad_type, void *grad_x, float *grad_steps,
+void fewbits_lsq_backward(const void *x, int x_type, float ceiling, const void *grad, int grad_type, void *grad_x, float *grad_steps,
                           float *sums, long groups, long inner, const float *steps, const float *low, const float *high,
                           float gradient_scale, int threads) {
     const auto run = [&](auto *from, auto *to, auto *given) {
-        lsq_backward(from, given, to, grad_steps, sums, groups, inner, steps, *low, *high, gradient_scale, threads);
+        with_front(ceiling, [&](auto front) {
+            lsq_backward(from, front, given, to, grad_steps, sums, groups, inner, steps, *low, *high, gradient_scale,
+                         threads);
+        });
     };
     const auto given_any = [&](auto *from, auto *to) {
         grad_type ? run(from, to, static_cast<const bfloat16 *>(grad)) : run(from, to, static_cast<const float *>(grad));

@@ -48,9 +48,9 @@ def _computes_what_pytorch_does(library: ctypes.CDLL) -> bool:
     grad, y, grad_x, sums = floats(*[1.0] * 8), floats(), floats(), (ctypes.c_float * BLOCK)()
     grad_step = ctypes.c_float()
     step, low, high = (ctypes.byref(ctypes.c_float(value)) for value in (0.5, -1.0, 3.0))
-    groups, inner = ctypes.c_long(1), ctypes.c_long(8)
-    library.fewbits_lsq(x, 0, y, groups, inner, step, low, high, 1)
-    given = (x, 0, grad, 0, grad_x, ctypes.byref(grad_step), sums)
+    groups, inner, none = ctypes.c_long(1), ctypes.c_long(8), ctypes.c_float(0.0)
+    library.fewbits_lsq(x, 0, none, y, groups, inner, step, low, high, 1)
+    given = (x, 0, none, grad, 0, grad_x, ctypes.byref(grad_step), sums)
     library.fewbits_lsq_backward(*given, groups, inner, step, low, high, ctypes.c_float(0.5), 1)
     # By hand: codes -1, -1, 0, 0, 2, 2 (four ties), 3 and 3; the first two and the last are outside.
     # Shares -1, -1, 0.5, -0.5, 0.5, -0.5, 0.4 and 3, in halves: (-0.5, -1.5, 0.9, 2.5), (0.4, 1), 1.4; times 0.5.

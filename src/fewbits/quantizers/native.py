@@ -23,6 +23,9 @@ Slope = Literal["within", "below", "tent"]
 """What a sign's gradient is multiplied with: 1 where abs(x) <= clip; 1 where abs(x) < clip; 2 - 2 abs(x) down to 0."""
 
 _SLOPES: tuple[Slope, ...] = ("within", "below", "tent")
+NO_RELU = 0.0
+"""In place of a ReLU's largest value: there is no ReLU."""
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _FEW = 1 << 15
 """Elements that one thread passes over faster than a second one starts."""
@@ -69,35 +72,44 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or any(stacks)  # type: ignore[attr-defined]
 
 
-def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
-    """LSQ forward, see ``lsq.lsq``.
+def lsq(x: Tensor, step: Tensor, low: Bound, high: Bound, ceiling: float = NO_RELU) -> Tensor:
+    """LSQ forward, see ``learned_step.lsq``, of ``x`` or of what a ReLU makes of it.
 
     Args:
         x: values, any shape, float32 or bfloat16.
         step: float32, one, or one for each index of the first dimension.
         low, high: the codes' bounds; tensors are 0-d and float32.
+        ceiling: the ReLU's largest value, infinity where it has none; ``NO_RELU`` is no ReLU.
 
     Returns:
         float32, of the shape of ``x``.
     """
     x, y = dense(x, torch.float32)
     step = step.contiguous()
-    given = (_at(x), _TYPES[x.dtype], _at(y), *_groups(x, step), _at(step), _number(low), _number(high))
-    _library().fewbits_lsq(*given, _threads(x))
+    values = (_at(x), _TYPES[x.dtype], ctypes.c_float(ceiling))
+    grid = (*_groups(x, step), _at(step), _number(low), _number(high))
+    _library().fewbits_lsq(*values, _at(y), *grid, _threads(x))
     return y
 
 
 def lsq_backward(
-    x: Tensor, grad: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: float
+    x: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    low: Bound,
+    high: Bound,
+    gradient_scale: float,
+    ceiling: float = NO_RELU,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of ``x``, in its type, and of ``step``."""
+    """The gradients of ``x``, in its type, and of ``step``; see ``lsq``."""
     x, grad_x = dense(x)
     grad, step = laid_like(grad.resolve_neg(), x), step.contiguous()
     grad_step = torch.empty_like(step)
     groups, inner = _groups(x, step)
     num_sums = step.numel() * power_of_two(-(-x.numel() // step.numel() // BLOCK))
     sums = torch.empty(num_sums, dtype=torch.float32, device="cpu")
-    given = (_at(x), _TYPES[x.dtype], _at(grad), _TYPES[grad.dtype], _at(grad_x), _at(grad_step), _at(sums))
+    values = (_at(x), _TYPES[x.dtype], ctypes.c_float(ceiling))
+    given = (*values, _at(grad), _TYPES[grad.dtype], _at(grad_x), _at(grad_step), _at(sums))
     grid = (groups, inner, _at(step), _number(low), _number(high), ctypes.c_float(gradient_scale))
     _library().fewbits_lsq_backward(*given, *grid, _threads(x))
     return grad_x, grad_step

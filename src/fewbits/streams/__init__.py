@@ -5,8 +5,8 @@ Runtime. ``residual=8`` therefore trains 8-bit quantizers on these values, found
 modules as hooks, so that the model's own forward stays what it was.
 """
 
-from .attach import INPUT_STREAM, OUTPUT_STREAM, attach
+from .attach import INPUT_STREAM, OUTPUT_STREAM, attach, first_reader
 from .finder import Place
 from .trace import Trace, trace
 
-__all__ = ["INPUT_STREAM", "OUTPUT_STREAM", "Place", "Trace", "attach", "trace"]
+__all__ = ["INPUT_STREAM", "OUTPUT_STREAM", "Place", "Trace", "attach", "first_reader", "trace"]

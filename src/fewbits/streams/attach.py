@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -21,6 +21,12 @@ def attach(module: nn.Module, side: Literal["input", "output"], quantizer: Quant
     else:
         module.add_module(INPUT_STREAM, quantizer)
         module.register_forward_pre_hook(_quantize_input)
+
+
+def first_reader(module: nn.Module) -> Quantizer | None:
+    """The stream's quantizer on what ``module`` gives, unless another hook comes before it."""
+    first = next(iter(module._forward_hooks.values()), None)
+    return cast(Quantizer, module.get_submodule(OUTPUT_STREAM)) if first is _quantize_output else None
 
 
 def _quantize_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..quantizers.gates import promised_open
 from .activations import CheckpointedBlocks
 from .bounds import bound_steps
 from .guard import StepGuard
+from .rectifiers import find, rectified_by_quantizers
 from .settings import Settings
 from .setup import make_optimizer, prepare
 from .sharding import Sharding, is_share, squared_norm
@@ -40,6 +41,9 @@ class Stepper:
         in_a_row: int = 0,
         skipped: int = 0,
     ) -> None:
+        # A compiled graph fuses them by itself; on other devices nobody has the pass.
+        is_eager = accelerator.device.type == "cpu" and not settings.compile
+        self._rectifiers = find(objective.networks.student) if is_eager else ()
         self.blocks = CheckpointedBlocks(objective) if settings.checkpoint_blocks else None
         is_shared = settings.shard and accelerator.num_processes > 1
         self.sharding = Sharding(objective, accelerator.device) if is_shared else None
@@ -92,7 +96,7 @@ class Stepper:
         batch = (images, labels, *answers)
         # A compiled graph decides for itself what it keeps, and frees it piece by piece: nobody else may hold it.
         again = settings.recompute and not settings.compile
-        with promised_open(self._objective, self._are_gates_open()):
+        with promised_open(self._objective, self._are_gates_open()), rectified_by_quantizers(self._rectifiers):
             given = (self._accelerator, self._model, batch, settings.accumulate, self.sharding)
             losses = backward(*given, recompute=again)
         if self.blocks is not None:
