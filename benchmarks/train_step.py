@@ -123,7 +123,7 @@ def rows() -> list[Row]:
     found += [Row("float", compiled=True, **rarely), Row("float", **compiled, **rarely), Row("float", **bf16, **rarely)]
     found += [Row("float", **bf16, **rarely, inference=True), Row("plain-lsq", 4, **compiled, **rarely)]
     found += [replace(ours, compiled=True, **rarely), replace(ours, **compiled, **rarely, residual=False)]
-    found += [replace(ours, **bf16, **rarely, residual=False), replace(ours, **bf16, **rarely, recompute=False)]
+    found += [replace(ours, **bf16, **rarely, residual=False)]
     found += [replace(ours, bits=bits, **compiled, **rarely) for bits in (2, 1)]
     found += [replace(logits, **compiled, **rarely, **ways) for ways in ({"kept": True}, {"teacher_bf16": True})]
     others = ("features", "ftl", "two-stage", "stochastic", "joint", "qfd", "dtq")

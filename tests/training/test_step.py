@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fewbits.distill import Losses, Objective
 from fewbits.quantizers.again import QuantizingAgain, _active
 from fewbits.recipes import RECIPES, Logits, Recipe
 from fewbits.recipes.joint import Joint
-from fewbits.training import Settings
+from fewbits.training import Settings, setup
 from fewbits.training.setup import make_accelerator
 from fewbits.training.step import Stepper, backward, clip_gradients
 
@@ -143,3 +144,14 @@ def test_what_compiled_graphs_may_rely_on(monkeypatch, recipe, is_promised):
         stepper(images, torch.tensor([0, 1, 2, 0]), 1.0, "step 1")
         assert seen == [True, False]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("device", "recompute", "wanted"), [("cpu", 1, 0), ("cuda", 1, 1), ("cuda", 0, 0)])
+def test_only_a_gpu_casts_again(device: str, recompute: int, wanted: int, monkeypatch: pytest.MonkeyPatch):
+    """On a processor it costs a step more time than its memory is worth."""
+    asked = []
+    monkeypatch.setattr(setup, "compiled", lambda objective, *, recompute: asked.append(recompute) or objective)
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
+    settings = Settings(recompute=bool(recompute), compile=True, precision="bf16")
+    setup.prepare(begun(Logits()), settings, accelerator, is_shared=False)
+    assert asked == [bool(wanted)]

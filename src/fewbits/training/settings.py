@@ -37,7 +37,7 @@ class Settings(Checked):
             bits anyway and it is faster: compiled or bf16, with convolutions; the run says so.
         recompute: let the backward pass quantize again what is otherwise kept until then (--no-recompute): up to half
             the memory for 5 to 10 % of the time, the same results. A compiled objective always does what costs it no
-            time; this decides about what was cast to bf16.
+            time; on a GPU it casts to bf16 again, too, on a processor it never does.
         checkpoint_blocks: run each residual block again in the backward pass instead of keeping what is inside: less
             memory, more time, the same results. Not with compile, which decides what it keeps.
         shard: split weights, gradients and momentum among the processes (FSDP) instead of keeping all in each (DDP).

@@ -89,12 +89,14 @@ def make_optimizer(objective: Objective, settings: Settings) -> torch.optim.Opti
 
 def prepare(objective: Objective, settings: Settings, accelerator: Accelerator, is_shared: bool) -> nn.Module:
     """The objective compiled, and distributed over the processes, as the settings ask; ``is_shared``: FSDP has it."""
+    # On a processor to cast again is a pass of its own, which costs a step 9 to 15 % of its time (docs/log.md).
+    recompute = settings.recompute and accelerator.device.type != "cpu"
     if is_shared:
         if settings.compile:
             # What gathers weights and shares gradients stays outside of the graph: hooks around the forward pass.
-            objective.forward = compiled(objective.forward, recompute=settings.recompute)  # type: ignore[method-assign]
+            objective.forward = compiled(objective.forward, recompute=recompute)  # type: ignore[method-assign]
         return objective
-    model: nn.Module = compiled(objective, recompute=settings.recompute) if settings.compile else objective
+    model: nn.Module = compiled(objective, recompute=recompute) if settings.compile else objective
     return model if accelerator.num_processes == 1 else cast(nn.Module, accelerator.prepare(model))
 
 
