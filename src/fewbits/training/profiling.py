@@ -18,6 +18,8 @@ ROWS = 10
 class Profile:
     """PyTorch's profiler over a few early steps: a trace for chrome://tracing, and the ten most expensive operators.
 
+    An evaluation between these steps is in it, too: so where a phase or an epoch is shorter than they are.
+
     Args:
         folder: where ``profile.json.gz`` and ``profile.txt`` go; None does nothing.
     """
@@ -52,4 +54,4 @@ class Profile:
         profiler.export_chrome_trace(str(self._folder / TRACE))
         on = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=on, row_limit=ROWS, max_name_column_width=60)
-        (self._folder / TABLE).write_text(f"{STEPS_SEEN} steps\n{table}\n")
+        (self._folder / TABLE).write_text(f"{STEPS_SEEN} steps, with an evaluation or a checkpoint that lies between them\n{table}\n")
