@@ -101,6 +101,16 @@ def test_who_else_reads(more: Any, inplace: bool, count: int):
     assert_same_bits(passed(student, IMAGES, True), passed(student, IMAGES, False))
 
 
+@pytest.mark.parametrize("residual", [8, None])
+def test_a_closed_gate_behind_a_relu_in_place(residual: int | None):
+    """Found by a reviewer: the quantizer rectified in place what autograd had kept for it."""
+    torch.manual_seed(0)
+    student = calibrated(fb.models.build("timm:resnet18", num_classes=5, image_size=32), IMAGES, residual)
+    for pair in find(student)[::2]:
+        pair.quantizer.enabled.fill_(False)
+    assert_same_bits(passed(student, IMAGES, True), passed(student, IMAGES, False))
+
+
 class Renamed(Net):
     """Reads what a ReLU in place was given by another name for the same memory."""
 

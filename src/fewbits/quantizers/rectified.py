@@ -29,7 +29,8 @@ def quantize_rectified(quantizer: LSQActivation, relu: nn.Module, x: Tensor) -> 
     if native.serves(x, step) and bool(quantizer.enabled):
         y: Tensor = _RectifiedLSQ.apply(x, step, low, high, gradient_scale, CEILINGS[type(relu)])
         return y
-    return type(quantizer).forward(quantizer, type(relu).forward(relu, x))
+    # Not in place, even where the ReLU works so: what a quantizer took may be needed again.
+    return type(quantizer).forward(quantizer, _function(CEILINGS[type(relu)])(x))
 
 
 class _RectifiedLSQ(torch.autograd.Function):

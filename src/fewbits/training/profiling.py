@@ -54,4 +54,4 @@ class Profile:
         profiler.export_chrome_trace(str(self._folder / TRACE))
         on = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=on, row_limit=ROWS, max_name_column_width=60)
-        (self._folder / TABLE).write_text(f"{STEPS_SEEN} steps, with an evaluation or a checkpoint that lies between them\n{table}\n")
+        (self._folder / TABLE).write_text(f"{STEPS_SEEN} steps, and an evaluation that lies between them\n{table}\n")
