@@ -1,4 +1,4 @@
-// LSQ and signs in one pass over memory, for processors: what lsq.py and rounding.py compute, bit for bit. native.py
+// LSQ and signs in one pass over memory, for processors: what learned_step.py and rounding.py compute, bit for bit. native.py
 // compiles this file; where there is no compiler nothing but time is lost.
 //
 // Every element goes through the operations that PyTorch's operators would make of it, in float32, without contraction;
@@ -54,7 +54,8 @@ struct ReLU {
         value = value <= 0.0f ? 0.0f : value;
         return value > ceiling ? ceiling : value;
     }
-    bool passes(float value) const { return !(value <= 0.0f) && !(value >= ceiling); }  // a gradient; of NaN, too
+    // A gradient; NaN's, too, and infinity's where there is no ceiling.
+    bool passes(float value) const { return !(value <= 0.0f) && (!(value >= ceiling) || std::isinf(ceiling)); }
 };
 
 inline float at_least(float step) { return step < SMALLEST_STEP ? SMALLEST_STEP : step; }
