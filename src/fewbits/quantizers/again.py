@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -115,9 +116,10 @@ def _runs_once(quantizer: nn.Module) -> bool:
 
 
 def _state(quantizer: nn.Module) -> tuple[Any, ...]:
-    """What changes when a quantizer does: what it computes, its bits, and how often its numbers were written."""
+    """What changes when a quantizer does: a ReLU's work, its bits, and how often its numbers were written."""
     numbers = (*quantizer._parameters.values(), *quantizer._buffers.values())
-    told = vars(quantizer).get("forward"), getattr(quantizer, "spec", None)
+    is_rectifying = isinstance(vars(quantizer).get("forward"), partial)  # see training/rectifiers.py
+    told = is_rectifying, getattr(quantizer, "spec", None)
     return *told, *(each._version for each in numbers if each is not None)
 
 
